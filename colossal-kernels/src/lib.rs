@@ -1,1 +1,40 @@
-//! Placeholder.
+#![doc = include_str!("../README.md")]
+
+mod activation;
+mod adamw;
+mod attention;
+mod cast;
+mod cross_entropy;
+mod elementwise;
+mod embedding;
+mod float;
+mod gemm;
+mod isa;
+mod math;
+mod multi;
+mod norm;
+mod reduce;
+pub mod reference;
+mod rope;
+mod softmax;
+pub mod threads;
+
+pub use activation::{
+    gelu, gelu_backward, gelu_tanh, gelu_tanh_backward, relu, relu_backward, silu, silu_backward,
+    swiglu, swiglu_backward,
+};
+pub use adamw::AdamW;
+pub use attention::{AttentionBias, AttentionShape, flash_attention, flash_attention_backward};
+pub use cast::cast;
+pub use cross_entropy::{ELSEWHERE, cross_entropy, cross_entropy_backward, logits_stats};
+pub use elementwise::{add, add_assign, add_bias, add_into, mul, scale};
+pub use embedding::{embedding, embedding_backward};
+pub use float::Float;
+pub use gemm::{Activation, Epilogue, Mat, MatMut, gemm, gemm_batched};
+pub use isa::{Isa, force_isa, isa};
+pub use multi::{scale_many, sum_of_squares, sum_of_squares_many};
+pub use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
+pub use reduce::{max, sum, sum_rows};
+pub use rope::{rope, rope_backward};
+pub use softmax::{softmax, softmax_backward};
+pub use threads::Threads;

@@ -1,1 +1,13 @@
-//! Placeholder.
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+pub mod decoder;
+pub mod generate;
+pub mod gpt2;
+pub mod hf;
+pub mod llama;
+#[cfg(feature = "train")]
+pub mod train;
+
+pub use colossal_tensor::{Dtype, Error, Group, Mesh, Result, Scope, Tensor, no_grad};
+pub use decoder::{CausalLm, Decoder, DecoderConfig, Head, Tokens};

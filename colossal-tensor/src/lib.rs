@@ -1,1 +1,29 @@
-//! Placeholder.
+#![doc = include_str!("../README.md")]
+
+mod autograd;
+pub mod dtype;
+mod error;
+pub mod fake;
+pub mod model;
+pub mod nn;
+mod ops;
+mod params;
+pub mod placement;
+mod propagate;
+pub mod random;
+mod recompute;
+mod redistribute;
+pub mod safetensors;
+pub mod storage;
+mod tensor;
+
+pub use autograd::{Deferred, GradSink, Grads, is_grad_enabled, no_grad};
+pub use colossal_comm::{Group, Mesh};
+pub use dtype::{Dtype, Element};
+pub use error::{Error, Result};
+pub use model::{Flow, Layer, Model, Stack};
+pub use ops::{AttentionMask, IGNORE, KvCache, RopeTable};
+pub use params::{Flat, Held, Init, Lease, Param, ParamId, Params, Store};
+pub use placement::{Dim, Layout, Placement, Region, Role, Sharding};
+pub use recompute::recompute;
+pub use tensor::{Scope, Tensor, Values};

@@ -1,0 +1,132 @@
+//! Named axes over a group: a grid of ranks, the last axis fastest.
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::group::Group;
+
+/// This rank's view of a grid of ranks. Cloning is cheap.
+///
+/// ```
+/// use colossal_comm::{Mesh, ReduceOp, on_ranks};
+/// let sums = on_ranks(4, |world| {
+///     let mesh = Mesh::new(&world, &[("dp", 2), ("tp", 2)]).unwrap();
+///     let mut x = [world.rank() as i32];
+///     mesh.group("tp").unwrap().all_reduce(&mut x, ReduceOp::Sum).unwrap();
+///     x[0]
+/// });
+/// assert_eq!(sums, [1, 1, 5, 5]); // ranks 0, 1 and ranks 2, 3
+/// ```
+#[derive(Debug, Clone)]
+pub struct Mesh(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    axes: Vec<(&'static str, usize)>,
+    coords: Vec<usize>,
+    /// One group per axis; none on a pretended mesh.
+    groups: Vec<Group>,
+    world: Group,
+}
+
+impl Mesh {
+    /// A grid of these axes over `world`. Every rank of `world` must call it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the sizes do not multiply to the number of ranks, or a name is
+    /// used twice.
+    pub fn new(world: &Group, axes: &[(&'static str, usize)]) -> Result<Mesh> {
+        let refuse = |reason| Err(Error::Argument { op: "mesh", reason });
+        let product: usize = axes.iter().map(|(_, n)| n).product();
+        if product != world.world_size() {
+            return refuse(format!(
+                "axes {axes:?} have {product} places for {} ranks; change a size",
+                world.world_size()
+            ));
+        }
+        for (i, (name, _)) in axes.iter().enumerate() {
+            if axes[..i].iter().any(|(other, _)| other == name) {
+                return refuse(format!("axis {name} is named twice"));
+            }
+        }
+        let coords = coordinates(world.rank(), axes);
+        let mut groups = Vec::with_capacity(axes.len());
+        for axis in 0..axes.len() {
+            // Ranks that differ along this axis only share a colour: their rank with it at 0.
+            let mut base = coords.clone();
+            base[axis] = 0;
+            groups.push(world.split(index(&base, axes))?);
+        }
+        Ok(Mesh(Arc::new(Inner { axes: axes.to_vec(), coords, groups, world: world.clone() })))
+    }
+
+    /// One rank, no axes.
+    pub fn solo() -> Mesh {
+        Mesh::fake(&[])
+    }
+
+    /// A pretended grid: sizes only, for checks without ranks. [`Mesh::group`] is an error.
+    pub fn fake(axes: &[(&'static str, usize)]) -> Mesh {
+        let coords = vec![0; axes.len()];
+        let world = Group::solo();
+        Mesh(Arc::new(Inner { axes: axes.to_vec(), coords, groups: vec![], world }))
+    }
+
+    /// Names and sizes, in order.
+    pub fn axes(&self) -> &[(&'static str, usize)] {
+        &self.0.axes
+    }
+
+    /// All ranks.
+    pub fn world(&self) -> &Group {
+        &self.0.world
+    }
+
+    /// The ranks that differ from this one along `axis` only.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an axis that does not exist, or on a pretended mesh.
+    pub fn group(&self, axis: &str) -> Result<&Group> {
+        let i = self.position(axis)?;
+        self.0.groups.get(i).ok_or_else(|| Error::Argument {
+            op: "mesh",
+            reason: format!("axis {axis} is pretended: there is nobody to talk to"),
+        })
+    }
+
+    /// The size of an axis.
+    pub fn size(&self, axis: &str) -> Result<usize> {
+        self.position(axis).map(|i| self.0.axes[i].1)
+    }
+
+    /// This rank's coordinate on an axis.
+    pub fn coord(&self, axis: &str) -> Result<usize> {
+        self.position(axis).map(|i| self.0.coords[i])
+    }
+
+    /// This rank's coordinate on the axis at an index; 0 beyond the last.
+    pub fn coord_at(&self, index: usize) -> usize {
+        self.0.coords.get(index).copied().unwrap_or(0)
+    }
+
+    fn position(&self, axis: &str) -> Result<usize> {
+        self.0.axes.iter().position(|(name, _)| *name == axis).ok_or_else(|| {
+            let names: Vec<_> = self.0.axes.iter().map(|(n, _)| *n).collect();
+            let reason = format!("there is no axis {axis}; the mesh has {names:?}");
+            Error::Argument { op: "mesh", reason }
+        })
+    }
+}
+
+fn coordinates(mut rank: usize, axes: &[(&'static str, usize)]) -> Vec<usize> {
+    let mut coords = vec![0; axes.len()];
+    for (coord, (_, size)) in coords.iter_mut().zip(axes).rev() {
+        *coord = rank % size;
+        rank /= size;
+    }
+    coords
+}
+
+fn index(coords: &[usize], axes: &[(&'static str, usize)]) -> usize {
+    coords.iter().zip(axes).fold(0, |acc, (c, (_, n))| acc * n + c)
+}

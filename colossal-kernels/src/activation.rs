@@ -1,0 +1,103 @@
+//! Activations and their gradients.
+
+use crate::elementwise::check;
+use crate::float::Float;
+use crate::isa::simd;
+use crate::math::{erf, exp, sigmoid, tanh};
+use crate::threads::{Parts, parallel_for, rows};
+
+const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+const CUBIC: f32 = 0.044_715;
+const FRAC_1_SQRT_2PI: f32 = 0.398_942_3;
+
+macro_rules! activation {
+    ($(#[$doc:meta])* $name:ident, $backward:ident, |$x:ident| $f:expr, $slope:expr) => {
+        $(#[$doc])*
+        pub fn $name<T: Float>(x: &[T], y: &mut [T]) {
+            check(stringify!($name), x.len(), y.len());
+            simd! { fn piece<T: Float>(x: &[T], y: &mut [T]) {
+                for (y, x) in y.iter_mut().zip(x) {
+                    let $x = x.to_f32();
+                    *y = T::from_f32($f);
+                }
+            } }
+            rows(x, 1, y, 1, |_, x, y| piece(x, y));
+        }
+
+        #[doc = concat!("`dx = dy * f'(x)` for [`", stringify!($name), "`].")]
+        pub fn $backward<T: Float>(dy: &[T], x: &[T], dx: &mut [T]) {
+            check(stringify!($backward), dy.len(), x.len());
+            check(stringify!($backward), dy.len(), dx.len());
+            simd! { fn piece<T: Float>(dy: &[T], x: &[T], dx: &mut [T]) {
+                for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
+                    let $x = x.to_f32();
+                    *dx = T::from_f32(dy.to_f32() * $slope);
+                }
+            } }
+            rows(dy, 1, dx, 1, |at, dy, dx| piece(dy, &x[at..at + dy.len()], dx));
+        }
+    };
+}
+
+activation! {
+    /// `x * sigmoid(x)`.
+    silu, silu_backward, |x| x * sigmoid(x), {
+        let s = sigmoid(x);
+        s * (1.0 + x * (1.0 - s))
+    }
+}
+activation! {
+    /// `max(x, 0)`.
+    relu, relu_backward, |x| if x > 0.0 { x } else { 0.0 }, if x > 0.0 { 1.0 } else { 0.0 }
+}
+activation! {
+    /// `x * Phi(x)` by the error function.
+    gelu, gelu_backward, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)), {
+        let cdf = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
+        cdf + x * FRAC_1_SQRT_2PI * exp(-0.5 * x * x)
+    }
+}
+activation! {
+    /// GELU by tanh: `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³)))`.
+    gelu_tanh, gelu_tanh_backward, |x| {
+        0.5 * x * (1.0 + tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x)))
+    }, {
+        let t = tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x));
+        let du = SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x);
+        0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * du
+    }
+}
+
+/// `y = silu(gate) * up`.
+pub fn swiglu<T: Float>(gate: &[T], up: &[T], y: &mut [T]) {
+    check("swiglu", gate.len(), up.len());
+    check("swiglu", gate.len(), y.len());
+    simd! { fn piece<T: Float>(gate: &[T], up: &[T], y: &mut [T]) {
+        for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+            let g = g.to_f32();
+            *y = T::from_f32(g * sigmoid(g) * u.to_f32());
+        }
+    } }
+    rows(gate, 1, y, 1, |at, gate, y| piece(gate, &up[at..at + gate.len()], y));
+}
+
+/// Gradients of [`swiglu`] with respect to both operands.
+pub fn swiglu_backward<T: Float>(dy: &[T], gate: &[T], up: &[T], dgate: &mut [T], dup: &mut [T]) {
+    for len in [gate.len(), up.len(), dgate.len(), dup.len()] {
+        check("swiglu_backward", dy.len(), len);
+    }
+    simd! { fn piece<T: Float>(dy: &[T], gate: &[T], up: &[T], dgate: &mut [T], dup: &mut [T]) {
+        for i in 0..dy.len().min(gate.len()).min(up.len()).min(dgate.len()).min(dup.len()) {
+            let (dy, g, u) = (dy[i].to_f32(), gate[i].to_f32(), up[i].to_f32());
+            let s = sigmoid(g);
+            dgate[i] = T::from_f32(dy * u * s * (1.0 + g * (1.0 - s)));
+            dup[i] = T::from_f32(dy * g * s);
+        }
+    } }
+    let (dgate, dup) = (Parts::new(dgate), Parts::new(dup));
+    parallel_for(dy.len(), 8192, |r| {
+        // SAFETY: ranges of different pieces are disjoint.
+        let (dg, du) = unsafe { (dgate.range(r.clone()), dup.range(r.clone())) };
+        piece(&dy[r.clone()], &gate[r.clone()], &up[r], dg, du);
+    });
+}

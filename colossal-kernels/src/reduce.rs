@@ -1,0 +1,48 @@
+//! Sums and maxima.
+
+use crate::float::Float;
+use crate::isa::simd;
+use crate::threads::{Parts, parallel_for};
+
+/// The sum of all elements. Blocks of 4096 are added in f32, their sums in f64.
+pub fn sum<T: Float>(x: &[T]) -> f32 {
+    simd! { fn block<T: Float>(x: &[T]) -> f32 {
+        let mut lanes = [0.0f32; 16];
+        let chunks = x.chunks_exact(16);
+        let rest: f32 = chunks.remainder().iter().map(|x| x.to_f32()).sum();
+        for c in chunks {
+            for (lane, x) in lanes.iter_mut().zip(c) {
+                *lane += x.to_f32();
+            }
+        }
+        lanes.iter().sum::<f32>() + rest
+    } }
+    x.chunks(4096).map(|b| f64::from(block(b))).sum::<f64>() as f32
+}
+
+/// The largest element; minus infinity for none.
+pub fn max<T: Float>(x: &[T]) -> f32 {
+    x.iter().map(|x| x.to_f32()).fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// `out += ` the sum over rows of `x [rows, dim]`: the gradient of a bias.
+pub fn sum_rows<T: Float>(x: &[T], dim: usize, out: &mut [f32]) {
+    assert_eq!(out.len(), dim, "sum_rows: out has {} elements, rows have {dim}", out.len());
+    if dim == 0 {
+        return;
+    }
+    assert_eq!(x.len() % dim, 0, "sum_rows: {} elements are no rows of {dim}", x.len());
+    simd! { fn piece<T: Float>(x: &[T], dim: usize, first: usize, out: &mut [f32]) {
+        for row in x.chunks_exact(dim) {
+            for (o, x) in out.iter_mut().zip(&row[first..]) {
+                *o += x.to_f32();
+            }
+        }
+    } }
+    let parts = Parts::new(out);
+    parallel_for(dim, 256, |r| {
+        // SAFETY: ranges of different pieces are disjoint.
+        let out = unsafe { parts.range(r.clone()) };
+        piece(x, dim, r.start, out);
+    });
+}

@@ -1,0 +1,69 @@
+//! Softmax over the last dim.
+
+use crate::elementwise::check;
+use crate::float::Float;
+use crate::isa::simd;
+use crate::math::exp;
+use crate::threads::rows;
+
+simd! {
+    /// The largest element.
+    pub(crate) fn row_max<T: Float>(x: &[T]) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        let chunks = x.chunks_exact(16);
+        let rest = chunks.remainder().iter().map(|x| x.to_f32()).fold(f32::NEG_INFINITY, f32::max);
+        for c in chunks {
+            for (lane, x) in lanes.iter_mut().zip(c) {
+                let x = x.to_f32();
+                *lane = if x > *lane { x } else { *lane };
+            }
+        }
+        lanes.iter().copied().fold(rest, f32::max)
+    }
+}
+
+simd! {
+    /// The sum of `exp(x - max)`.
+    pub(crate) fn row_sum_exp<T: Float>(x: &[T], max: f32) -> f32 {
+        let mut lanes = [0.0f32; 16];
+        let chunks = x.chunks_exact(16);
+        let rest: f32 = chunks.remainder().iter().map(|x| exp(x.to_f32() - max)).sum();
+        for c in chunks {
+            for (lane, x) in lanes.iter_mut().zip(c) {
+                *lane += exp(x.to_f32() - max);
+            }
+        }
+        lanes.iter().sum::<f32>() + rest
+    }
+}
+
+/// `y = softmax(x)` over rows of `dim`.
+pub fn softmax<T: Float>(x: &[T], dim: usize, y: &mut [T]) {
+    check("softmax", x.len(), y.len());
+    simd! { fn write<T: Float>(x: &[T], max: f32, scale: f32, y: &mut [T]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = T::from_f32(exp(x.to_f32() - max) * scale);
+        }
+    } }
+    rows(x, dim, y, dim, |_, x, y| {
+        for (x, y) in x.chunks_exact(dim).zip(y.chunks_exact_mut(dim)) {
+            let max = row_max(x);
+            write(x, max, 1.0 / row_sum_exp(x, max), y);
+        }
+    });
+}
+
+/// `dx = y * (dy - sum(dy * y))` over rows of `dim`.
+pub fn softmax_backward<T: Float>(dy: &[T], y: &[T], dim: usize, dx: &mut [T]) {
+    check("softmax_backward", dy.len(), y.len());
+    check("softmax_backward", dy.len(), dx.len());
+    rows(dy, dim, dx, dim, |first, dy, dx| {
+        for (r, (dy, dx)) in dy.chunks_exact(dim).zip(dx.chunks_exact_mut(dim)).enumerate() {
+            let y = &y[(first + r) * dim..(first + r + 1) * dim];
+            let dot: f32 = dy.iter().zip(y).map(|(a, b)| a.to_f32() * b.to_f32()).sum();
+            for ((dx, dy), y) in dx.iter_mut().zip(dy).zip(y) {
+                *dx = T::from_f32(y.to_f32() * (dy.to_f32() - dot));
+            }
+        }
+    });
+}

@@ -1,0 +1,233 @@
+//! What all decoder-only language models share: their input, their heads, their configuration.
+
+use std::sync::{Arc, Mutex};
+
+use colossal_tensor::random::Stream;
+use colossal_tensor::{
+    AttentionMask, Dtype, Error, KvCache, Layer, Model, Params, Region, Result, Scope, Stack,
+    Tensor,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::gpt2::{self, Gpt2Config};
+use crate::llama::{self, LlamaConfig};
+
+/// What every layer of a decoder is given: this rank's part of a batch of token sequences.
+#[derive(Debug)]
+pub struct Tokens {
+    /// Token ids, `[batch, seq]` of `i32`.
+    pub ids: Tensor,
+    /// The position of every token, `batch * seq` of them.
+    pub positions: Arc<Vec<i32>>,
+    /// Which keys a query sees.
+    pub mask: AttentionMask,
+    /// Generation: keys and values of earlier tokens, and how many of the new ones are real.
+    pub cache: Option<(Mutex<KvCache>, Vec<i32>)>,
+    /// The head reads only this position of each sequence.
+    pub head_at: Option<Vec<usize>>,
+    /// Training with dropout: the stream of this step. `None` turns dropout off.
+    pub dropout: Option<Stream>,
+}
+
+impl Tokens {
+    /// Sequences of equal length `seq`, row after row, all real, positions from 0.
+    pub fn new(scope: &Scope, ids: &[i32], seq: usize) -> Result<Tokens> {
+        let batch = if seq == 0 { 0 } else { ids.len() / seq };
+        Ok(Tokens {
+            ids: scope.batch(ids, &[batch, seq])?,
+            positions: Arc::new((0..batch).flat_map(|_| 0..seq as i32).collect()),
+            mask: AttentionMask::causal(),
+            cache: None,
+            head_at: None,
+            dropout: None,
+        })
+    }
+
+    /// Sequences padded on the right to `seq`, of which the first `lengths[b]` tokens are real.
+    pub fn padded(scope: &Scope, ids: &[i32], seq: usize, lengths: Vec<i32>) -> Result<Tokens> {
+        let mut tokens = Tokens::new(scope, ids, seq)?;
+        if lengths.iter().any(|l| *l as usize != seq) {
+            tokens.mask.lengths = Some(Arc::new(lengths));
+        }
+        Ok(tokens)
+    }
+
+    /// Attention of a layer: over the cache in generation, within the sequence otherwise.
+    pub(crate) fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        match &self.cache {
+            None => q.attention(k, v, &self.mask),
+            Some((cache, added)) => cache
+                .lock()
+                .map_err(|_| Error::Other("an earlier layer panicked while it held the cache".into()))?
+                .attend(layer, q, k, v, added, self.mask.window),
+        }
+    }
+}
+
+/// What the last layer computes from the final norm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Head {
+    /// Logits over the vocabulary.
+    #[default]
+    Lm,
+    /// One number per token: a reward or a value (`score.weight`).
+    Score,
+}
+
+/// A decoder of any family we know, as its `config.json` says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum DecoderConfig {
+    /// `model_type: llama`.
+    Llama(LlamaConfig),
+    /// `model_type: gpt2`.
+    Gpt2(Gpt2Config),
+}
+
+impl DecoderConfig {
+    /// Entries of the vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        match self {
+            DecoderConfig::Llama(c) => c.vocab_size,
+            DecoderConfig::Gpt2(c) => c.vocab_size,
+        }
+    }
+
+    /// The longest sequence.
+    pub fn max_positions(&self) -> usize {
+        match self {
+            DecoderConfig::Llama(c) => c.max_position_embeddings,
+            DecoderConfig::Gpt2(c) => c.n_positions,
+        }
+    }
+
+    /// Transformer blocks.
+    pub fn blocks(&self) -> usize {
+        match self {
+            DecoderConfig::Llama(c) => c.num_hidden_layers,
+            DecoderConfig::Gpt2(c) => c.n_layer,
+        }
+    }
+
+    /// Width of the residual stream.
+    pub fn width(&self) -> usize {
+        match self {
+            DecoderConfig::Llama(c) => c.hidden_size,
+            DecoderConfig::Gpt2(c) => c.n_embd,
+        }
+    }
+
+    /// What the last layer computes.
+    pub fn head(&self) -> Head {
+        match self {
+            DecoderConfig::Llama(c) => c.head,
+            DecoderConfig::Gpt2(c) => c.head,
+        }
+    }
+
+    /// The same model with another head.
+    pub fn with_head(mut self, head: Head) -> DecoderConfig {
+        match &mut self {
+            DecoderConfig::Llama(c) => c.head = head,
+            DecoderConfig::Gpt2(c) => c.head = head,
+        }
+        self
+    }
+
+    /// Floating-point operations of a forward and backward pass per token at this length:
+    /// 6 per matrix parameter, plus 12 · blocks · width · seq / 2 for causal attention.
+    pub fn flops_per_token(&self, matrix_parameters: usize, seq: usize) -> f64 {
+        6.0 * matrix_parameters as f64 + 6.0 * (self.blocks() * self.width() * seq) as f64
+    }
+}
+
+/// Any decoder-only model, chosen by its configuration.
+#[derive(Debug)]
+pub struct Decoder;
+
+impl Model for Decoder {
+    type Config = DecoderConfig;
+    type Input = Tokens;
+
+    fn depth(config: &DecoderConfig) -> usize {
+        config.blocks() + 2
+    }
+
+    fn layer(p: &Params, config: &DecoderConfig, i: usize) -> Result<Arc<dyn Layer<Tokens>>> {
+        match config {
+            DecoderConfig::Llama(c) => llama::Llama::layer(p, c, i),
+            DecoderConfig::Gpt2(c) => gpt2::Gpt2::layer(p, c, i),
+        }
+    }
+}
+
+/// A decoder ready to run: its configuration, its layers, its parameters.
+#[derive(Debug)]
+pub struct CausalLm {
+    /// What `config.json` says.
+    pub config: DecoderConfig,
+    /// The layers.
+    pub stack: Stack<Tokens>,
+    /// All parameters, under Hugging Face names where the family's file has the same tensor.
+    pub params: Params,
+}
+
+impl CausalLm {
+    /// A model with fresh weights.
+    pub fn new(scope: &Scope, config: &DecoderConfig, seed: u64, dtype: Dtype) -> Result<CausalLm> {
+        let params = Params::new(scope, seed, dtype);
+        let stack = Stack::build::<Decoder>(&params, config)?;
+        Ok(CausalLm { config: config.clone(), stack, params })
+    }
+
+    /// The scope the model lives on.
+    pub fn scope(&self) -> &Scope {
+        self.params.scope()
+    }
+
+    /// Logits `[batch, seq, vocab]` (or scores `[batch, seq]`) of this rank's part of a batch.
+    pub fn forward(&self, tokens: Tokens) -> Result<Tensor> {
+        self.stack.forward(&Arc::new(tokens))
+    }
+
+    /// Elements of all parameters, whole.
+    pub fn elements(&self) -> usize {
+        self.params.all().iter().map(|p| p.global_shape().iter().product::<usize>()).sum()
+    }
+
+    /// Freezes every parameter: no gradients.
+    pub fn freeze(self) -> CausalLm {
+        self.params.all().iter().for_each(|p| p.set_trainable(false));
+        self
+    }
+}
+
+/// The last layer of a decoder, after its final norm.
+#[derive(Debug)]
+pub(crate) enum HeadLayer {
+    Lm(colossal_tensor::nn::Linear),
+    Score(colossal_tensor::nn::Linear),
+}
+
+impl HeadLayer {
+    pub(crate) fn forward(&self, tokens: &Tokens, x: &Tensor) -> Result<Tensor> {
+        match self {
+            HeadLayer::Lm(head) => {
+                let x = x.redistribute(Region::TensorParallel)?;
+                let x = match &tokens.head_at {
+                    None => x,
+                    Some(at) => {
+                        let rows = x.take_rows(at)?;
+                        let (batch, width) = (rows.shape()[0], rows.shape()[1]);
+                        rows.reshape(&[batch, 1, width])?
+                    }
+                };
+                head.forward(&x)
+            }
+            HeadLayer::Score(head) => {
+                let y = head.forward(x)?.redistribute(Region::Whole)?.to_dtype(Dtype::F32)?;
+                let shape = y.shape()[..2].to_vec();
+                y.reshape(&shape)
+            }
+        }
+    }
+}

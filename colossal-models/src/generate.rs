@@ -1,0 +1,220 @@
+//! Generation with a KV cache: prompts of unequal length side by side, finished ones leave.
+//!
+//! A draw depends on the seed, the prompt's number and the position only, so neighbours in the
+//! batch do not change a result. Order: temperature, top-k, top-p, draw (or argmax, the lowest id
+//! on ties).
+
+use std::sync::{Arc, Mutex};
+
+use colossal_tensor::random::Stream;
+use colossal_tensor::{AttentionMask, Error, KvCache, Region, Result, no_grad};
+
+use crate::decoder::{CausalLm, Tokens};
+
+/// How tokens are chosen and when to stop.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Only the `k` most likely tokens; 0 is all.
+    pub top_k: usize,
+    /// Only the most likely tokens that together have this probability.
+    pub top_p: f32,
+    /// At most so many tokens after the prompt.
+    pub max_new_tokens: usize,
+    /// A sequence ends with (and includes) any of these.
+    pub stop: Vec<i32>,
+    /// Seed of the draws.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Sampling {
+        Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 128, stop: vec![], seed: 0 }
+    }
+}
+
+/// What was generated for one prompt.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Completion {
+    /// The new tokens, the stop token included.
+    pub ids: Vec<i32>,
+    /// The log-probability of each under the model at the given temperature (1 when greedy).
+    pub logprobs: Vec<f32>,
+    /// Did it end with a stop token?
+    pub stopped: bool,
+}
+
+/// Continues every prompt. `on_token(prompt, token)` is called as tokens are chosen.
+///
+/// # Errors
+/// An empty prompt, or one that leaves no room below the model's `max_position_embeddings`.
+pub fn generate(
+    model: &CausalLm,
+    prompts: &[Vec<i32>],
+    sampling: &Sampling,
+    mut on_token: impl FnMut(usize, i32),
+) -> Result<Vec<Completion>> {
+    let mut done = vec![Completion::default(); prompts.len()];
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let limit = model.config.max_positions();
+    if let Some(bad) = prompts.iter().position(Vec::is_empty) {
+        return Err(Error::Other(format!("generate: prompt {bad} is empty; give it at least one token")));
+    }
+    if longest >= limit {
+        return Err(Error::Other(format!(
+            "generate: a prompt of {longest} tokens leaves no room in the model's {limit} positions"
+        )));
+    }
+    let new = sampling.max_new_tokens.min(limit - longest);
+    if prompts.is_empty() || new == 0 {
+        return Ok(done);
+    }
+    no_grad(|| {
+        let mut cache = KvCache::new(model.config.blocks(), prompts.len(), longest + new);
+        // Which prompt each row of the batch is.
+        let mut rows: Vec<usize> = (0..prompts.len()).collect();
+        let mut step: Vec<Vec<i32>> = prompts.to_vec();
+        loop {
+            let (logits, back) = forward(model, &step, cache)?;
+            cache = back;
+            let vocab = logits.len() / rows.len();
+            let mut next = Vec::with_capacity(rows.len());
+            let mut going = Vec::new();
+            for (i, (row, logits)) in rows.iter().zip(logits.chunks(vocab)).enumerate() {
+                let completion = &mut done[*row];
+                let position = completion.ids.len() as u64;
+                let draw = Stream::new(sampling.seed, *row as u64).uniform(position);
+                let (token, logprob) = choose(logits, sampling, draw);
+                completion.ids.push(token);
+                completion.logprobs.push(logprob);
+                on_token(*row, token);
+                completion.stopped = sampling.stop.contains(&token);
+                if !completion.stopped && completion.ids.len() < new {
+                    going.push(i);
+                    next.push(vec![token]);
+                }
+            }
+            if going.is_empty() {
+                return Ok(());
+            }
+            if going.len() < rows.len() {
+                cache.keep(&going);
+                rows = going.iter().map(|i| rows[*i]).collect();
+            }
+            step = next;
+        }
+    })?;
+    Ok(done)
+}
+
+/// Feeds new tokens to every row; the logits of each row's last one.
+fn forward(model: &CausalLm, new: &[Vec<i32>], cache: KvCache) -> Result<(Vec<f32>, KvCache)> {
+    let longest = new.iter().map(Vec::len).max().unwrap_or(0);
+    let added: Vec<i32> = new.iter().map(|n| n.len() as i32).collect();
+    let mut ids = vec![0; new.len() * longest];
+    let mut positions = vec![0; ids.len()];
+    for (b, tokens) in new.iter().enumerate() {
+        ids[b * longest..b * longest + tokens.len()].copy_from_slice(tokens);
+        for i in 0..tokens.len() {
+            positions[b * longest + i] = cache.lengths()[b] + i as i32;
+        }
+    }
+    let scope = model.scope();
+    let tokens = Arc::new(Tokens {
+        ids: scope.batch(&ids, &[new.len(), longest])?,
+        positions: Arc::new(positions),
+        mask: AttentionMask::causal(),
+        cache: Some((Mutex::new(cache), added.clone())),
+        head_at: Some(new.iter().map(|n| n.len() - 1).collect()),
+        dropout: None,
+    });
+    let logits = model.stack.forward(&tokens)?.redistribute(Region::Whole)?.to_vec()?;
+    let tokens = Arc::try_unwrap(tokens)
+        .map_err(|_| Error::Other("generate: a layer kept its input beyond the forward pass".into()))?;
+    let (cache, _) = tokens.cache.ok_or_else(|| Error::Other("generate: the cache is gone".into()))?;
+    let mut cache =
+        cache.into_inner().map_err(|_| Error::Other("generate: a layer panicked".into()))?;
+    cache.advance(&added);
+    Ok((logits, cache))
+}
+
+/// Chooses a token and gives its log-probability before top-k and top-p.
+fn choose(logits: &[f32], s: &Sampling, draw: f64) -> (i32, f32) {
+    let temperature = if s.temperature > 0.0 { s.temperature } else { 1.0 };
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0.0f64;
+    for l in logits {
+        sum += f64::from((l - max) / temperature).exp();
+    }
+    let logprob = |i: usize| ((logits[i] - max) / temperature) - sum.ln() as f32;
+    if s.temperature <= 0.0 {
+        let best = logits.iter().position(|l| *l == max).unwrap_or(0);
+        return (best as i32, logprob(best));
+    }
+    let mut kept: Vec<usize> = (0..logits.len()).collect();
+    let narrow = s.top_k > 0 || s.top_p < 1.0;
+    if narrow {
+        kept.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+        if s.top_k > 0 {
+            kept.truncate(s.top_k);
+        }
+        if s.top_p < 1.0 {
+            let of = |i: usize| f64::from((logits[i] - max) / temperature).exp();
+            let total: f64 = kept.iter().map(|i| of(*i)).sum();
+            let mut cumulative = 0.0;
+            let enough = kept.iter().position(|i| {
+                cumulative += of(*i) / total;
+                cumulative >= f64::from(s.top_p)
+            });
+            kept.truncate(enough.map_or(kept.len(), |n| n + 1));
+        }
+    }
+    let weight = |i: usize| f64::from((logits[i] - max) / temperature).exp();
+    let total: f64 = kept.iter().map(|i| weight(*i)).sum();
+    let mut left = draw * total;
+    for i in &kept {
+        left -= weight(*i);
+        if left < 0.0 {
+            return (*i as i32, logprob(*i));
+        }
+    }
+    let last = kept.last().copied().unwrap_or(0);
+    (last as i32, logprob(last))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn greedy_takes_the_lowest_id_on_ties() {
+        assert_eq!(choose(&[0.0, 2.0, 2.0], &Sampling::default(), 0.9).0, 1);
+    }
+
+    #[test]
+    fn draws_follow_the_distribution_and_respect_top_k_and_top_p() {
+        let logits = [0.0f32, 1.0, 2.0, -1.0];
+        let s = Sampling { temperature: 1.0, ..Sampling::default() };
+        let stream = Stream::new(3, 0);
+        let n = 40_000;
+        let mut counts = [0.0; 4];
+        for i in 0..n {
+            counts[choose(&logits, &s, stream.uniform(i)).0 as usize] += 1.0 / n as f64;
+        }
+        for (i, count) in counts.iter().enumerate() {
+            let p = f64::from(choose_logprob(&logits, i)).exp();
+            assert!((count - p).abs() < 0.01, "{i}: {count} against {p}");
+        }
+        let only = |s: &Sampling| {
+            (0..200).map(|i| choose(&logits, s, stream.uniform(i)).0).collect::<std::collections::BTreeSet<_>>()
+        };
+        assert_eq!(only(&Sampling { top_k: 2, ..s.clone() }), [1, 2].into());
+        assert_eq!(only(&Sampling { top_p: 0.5, ..s }), [2].into());
+    }
+
+    fn choose_logprob(logits: &[f32], i: usize) -> f32 {
+        let lse = logits.iter().map(|l| l.exp()).sum::<f32>().ln();
+        logits[i] - lse
+    }
+}

@@ -1,0 +1,474 @@
+//! Hugging Face folders in and out: `config.json`, `model.safetensors` or its shards.
+//!
+//! LLaMA parameters carry the published names. GPT-2 files fuse q, k, v and store matrices as
+//! `[in, out]`: [`source`] is the one map. Reading touches only the bytes of a rank's own shard.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use colossal_tensor::nn::RopeScaling;
+use colossal_tensor::safetensors::{Archive, Entry, Owned, save as save_safetensors, write_atomic};
+use colossal_tensor::{Dtype, Error, Param, Placement, Result, Scope, no_grad};
+use serde_json::{Value, json};
+
+use crate::decoder::{CausalLm, DecoderConfig, Head};
+use crate::gpt2::Gpt2Config;
+use crate::llama::LlamaConfig;
+
+/// Loads a decoder from a folder in this dtype.
+///
+/// A model with a score head starts that head from fresh weights when the file has none, as a
+/// reward model does that is made from a language model.
+///
+/// # Errors
+/// [`Error::File`] naming the file and the key that is missing, left over, or of another shape.
+pub fn load(path: &Path, scope: &Scope, dtype: Dtype, head: Option<Head>) -> Result<CausalLm> {
+    let mut config = read_config(&path.join("config.json"))?;
+    if let Some(head) = head {
+        config = config.with_head(head);
+    }
+    let archive = Archive::open(&files_of(path)?)?;
+    let model = CausalLm::new(scope, &config, 0, dtype)?;
+    fill(&model, &Files { archive: &archive })?;
+    Ok(model)
+}
+
+/// A place that has tensors by Hugging Face name.
+pub trait Weights {
+    /// Shape of a tensor.
+    fn shape(&self, name: &str) -> Option<Vec<usize>>;
+    /// Elements `start..start + len` of the flattened tensor, appended as f32.
+    fn read(&self, name: &str, start: usize, len: usize, out: &mut Vec<f32>) -> Result<()>;
+    /// All names.
+    fn names(&self) -> Vec<String>;
+    /// For messages.
+    fn origin(&self) -> String;
+}
+
+struct Files<'a> {
+    archive: &'a Archive,
+}
+
+impl Files<'_> {
+    /// Hub files of GPT-2 lack the prefix that `save_pretrained` writes.
+    fn find(&self, name: &str) -> Option<Entry<'_>> {
+        self.archive.get(name).or_else(|| self.archive.get(name.strip_prefix("transformer.")?))
+    }
+}
+
+impl Weights for Files<'_> {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.find(name).map(|e| e.shape.to_vec())
+    }
+
+    fn read(&self, name: &str, start: usize, len: usize, out: &mut Vec<f32>) -> Result<()> {
+        match self.find(name) {
+            Some(entry) => entry.to_f32(start, len, out),
+            None => Err(Error::File { path: self.origin(), reason: format!("no tensor {name}") }),
+        }
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.archive.names().map(str::to_string).collect()
+    }
+
+    fn origin(&self) -> String {
+        self.archive.path()
+    }
+}
+
+/// Sets every parameter of `model` from `weights`.
+pub fn fill(model: &CausalLm, weights: &impl Weights) -> Result<()> {
+    let mut used = BTreeSet::new();
+    for param in model.params.all() {
+        let source = source(param.name(), &model.config);
+        let Some(shape) = weights.shape(&source.key) else {
+            if source.key == "score.weight" {
+                continue;
+            }
+            return Err(Error::File {
+                path: weights.origin(),
+                reason: format!(
+                    "tensor {} is missing; the file does not hold this model (it has {})",
+                    source.key,
+                    weights.names().into_iter().take(4).collect::<Vec<_>>().join(", ")
+                ),
+            });
+        };
+        let wanted = source.shape(&param.global_shape());
+        if shape != wanted {
+            return Err(Error::File {
+                path: weights.origin(),
+                reason: format!(
+                    "tensor {} has shape {shape:?}, config.json asks for {wanted:?}",
+                    source.key
+                ),
+            });
+        }
+        let values = source.read(&param, &wanted, weights)?;
+        param.set(&values)?;
+        used.insert(source.key);
+    }
+    let known = |name: &str| {
+        let bare = name.strip_prefix("transformer.").unwrap_or(name);
+        used.contains(name)
+            || used.contains(&format!("transformer.{name}"))
+            // Buffers of old files, and the head of a tied or scoring model.
+            || bare.ends_with(".attn.bias")
+            || bare.ends_with(".attn.masked_bias")
+            || bare.ends_with("rotary_emb.inv_freq")
+            || bare == "lm_head.weight"
+            || bare == "score.weight"
+    };
+    match weights.names().into_iter().find(|name| !known(name)) {
+        None => Ok(()),
+        Some(extra) => Err(Error::File {
+            path: weights.origin(),
+            reason: format!("tensor {extra} is of no use to this model; is config.json its own?"),
+        }),
+    }
+}
+
+/// Where a parameter lies in a published file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// The name in the file.
+    pub key: String,
+    /// Stored as `[in, out]`.
+    transposed: bool,
+    /// One of three equal column blocks of a fused matrix.
+    third: Option<usize>,
+}
+
+/// The map from our names to those of published files.
+pub fn source(name: &str, config: &DecoderConfig) -> Source {
+    let plain = |key: &str| Source { key: key.into(), transposed: false, third: None };
+    if !matches!(config, DecoderConfig::Gpt2(_)) {
+        return plain(name);
+    }
+    for (i, part) in ["q", "k", "v"].iter().enumerate() {
+        for kind in ["weight", "bias"] {
+            if let Some(stem) = name.strip_suffix(&format!("attn.{part}.{kind}")) {
+                return Source {
+                    key: format!("{stem}attn.c_attn.{kind}"),
+                    transposed: kind == "weight",
+                    third: Some(i),
+                };
+            }
+        }
+    }
+    let conv = ["c_proj.weight", "c_fc.weight"].iter().any(|end| name.ends_with(end));
+    Source { transposed: conv, ..plain(name) }
+}
+
+impl Source {
+    /// The shape in the file of a parameter of this whole shape.
+    fn shape(&self, whole: &[usize]) -> Vec<usize> {
+        let mut shape = whole.to_vec();
+        if self.transposed {
+            shape.reverse();
+        }
+        if self.third.is_some() {
+            *shape.last_mut().expect("a fused tensor has a dim") *= 3;
+        }
+        shape
+    }
+
+    fn read(&self, param: &Param, stored: &[usize], weights: &impl Weights) -> Result<Vec<f32>> {
+        let mut out = Vec::with_capacity(param.len());
+        if !self.transposed {
+            // A fused bias is three vectors end to end.
+            let skip = self.third.map_or(0, |i| i * stored[0] / 3);
+            let mut result = Ok(());
+            param.for_each_run(|start, len| {
+                if result.is_ok() {
+                    result = weights.read(&self.key, skip + start, len, &mut out);
+                }
+            });
+            return result.map(|()| out);
+        }
+        // `[in, columns]` to rows `out` of `[out, in]`, of which we want our ranges.
+        let ranges = param.local_ranges();
+        let columns = stored[1];
+        let skip = self.third.map_or(0, |i| i * columns / 3);
+        let mut whole = Vec::with_capacity(stored[0] * columns);
+        weights.read(&self.key, 0, stored[0] * columns, &mut whole)?;
+        for row in ranges[0].clone() {
+            out.extend(ranges[1].clone().map(|column| whole[column * columns + skip + row]));
+        }
+        Ok(out)
+    }
+}
+
+/// All parameters gathered whole, under the names and in the layout of published files.
+/// Every rank must call it; the values are complete on every rank.
+pub fn gather(
+    model: &CausalLm,
+    values: impl Fn(&std::sync::Arc<Param>) -> Result<colossal_tensor::Tensor>,
+    dtype: Dtype,
+) -> Result<BTreeMap<String, Owned>> {
+    let mut whole = BTreeMap::new();
+    for param in model.params.all() {
+        let t = values(&param)?;
+        let mut layout = t.layout();
+        for axis in 0..model.scope().mesh().axes().len() {
+            if matches!(layout[axis], Placement::Shard(_) | Placement::Partial) {
+                layout[axis] = Placement::Invariant;
+            }
+        }
+        let t = no_grad(|| t.to_layout(layout))?;
+        whole.insert(param.name().to_string(), (param.global_shape(), t.to_vec()?));
+    }
+    let mut files = BTreeMap::new();
+    for (name, (shape, values)) in &whole {
+        let source = source(name, &model.config);
+        let (stored, values) = match source.third {
+            Some(0) => {
+                let parts: Vec<&Vec<f32>> = ["q", "k", "v"]
+                    .iter()
+                    .map(|part| {
+                        let (stem, kind) = name.rsplit_once(".q.").expect("the first third is q");
+                        &whole[&format!("{stem}.{part}.{kind}")].1
+                    })
+                    .collect();
+                (source.shape(shape), fuse(&parts, shape, source.transposed))
+            }
+            Some(_) => continue,
+            None if source.transposed => (source.shape(shape), transpose(values, shape[0], shape[1])),
+            None => (shape.clone(), values.clone()),
+        };
+        files.insert(source.key, Owned::from_f32(&values, &stored, dtype)?);
+    }
+    Ok(files)
+}
+
+fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    (0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])).collect()
+}
+
+fn fuse(parts: &[&Vec<f32>], shape: &[usize], transposed: bool) -> Vec<f32> {
+    if !transposed {
+        return parts.iter().flat_map(|p| p.iter().copied()).collect();
+    }
+    let (out, input) = (shape[0], shape[1]);
+    (0..input)
+        .flat_map(|i| parts.iter().flat_map(move |p| (0..out).map(move |o| p[o * input + i])))
+        .collect()
+}
+
+/// Writes `config.json` and the weights so that transformers loads the folder. Every rank calls
+/// it; rank 0 writes. Weights over `shard_bytes` are split and indexed.
+pub fn save(model: &CausalLm, folder: &Path, shard_bytes: usize) -> Result<()> {
+    let dtype = model.params.dtype();
+    let tensors = gather(model, |p| Ok(p.tensor().detach()), dtype)?;
+    if model.scope().mesh().world().rank() != 0 {
+        return Ok(());
+    }
+    let config = serde_json::to_vec_pretty(&config_json(&model.config, dtype))
+        .map_err(|e| Error::Other(e.to_string()))?;
+    write_atomic(&folder.join("config.json"), &config)?;
+    write_weights(folder, tensors, shard_bytes)
+}
+
+fn write_weights(folder: &Path, tensors: BTreeMap<String, Owned>, shard_bytes: usize) -> Result<()> {
+    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    let total: usize = tensors.values().map(|t| t.bytes.len()).sum();
+    if total <= shard_bytes {
+        return save_safetensors(&folder.join("model.safetensors"), &tensors, &metadata);
+    }
+    let mut shards: Vec<BTreeMap<String, Owned>> = vec![BTreeMap::new()];
+    let mut size = 0;
+    for (name, tensor) in tensors {
+        if size > 0 && size + tensor.bytes.len() > shard_bytes {
+            shards.push(BTreeMap::new());
+            size = 0;
+        }
+        size += tensor.bytes.len();
+        shards.last_mut().expect("never empty").insert(name, tensor);
+    }
+    let mut map = serde_json::Map::new();
+    for (i, shard) in shards.iter().enumerate() {
+        let file = format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len());
+        save_safetensors(&folder.join(&file), shard, &metadata)?;
+        shard.keys().for_each(|name| {
+            map.insert(name.clone(), Value::String(file.clone()));
+        });
+    }
+    let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+    let index = serde_json::to_vec_pretty(&index).map_err(|e| Error::Other(e.to_string()))?;
+    write_atomic(&folder.join("model.safetensors.index.json"), &index)
+}
+
+/// The weight files of a folder.
+fn files_of(folder: &Path) -> Result<Vec<PathBuf>> {
+    let single = folder.join("model.safetensors");
+    if single.is_file() {
+        return Ok(vec![single]);
+    }
+    let index = folder.join("model.safetensors.index.json");
+    let fail = |reason: String| Error::File { path: index.display().to_string(), reason };
+    if !index.is_file() {
+        return Err(Error::File {
+            path: folder.display().to_string(),
+            reason: "has neither model.safetensors nor model.safetensors.index.json".into(),
+        });
+    }
+    let text = std::fs::read_to_string(&index).map_err(|e| fail(e.to_string()))?;
+    let value: Value = serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;
+    let map = value["weight_map"].as_object().ok_or_else(|| fail("has no weight_map".into()))?;
+    let names: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
+    Ok(names.into_iter().map(|name| folder.join(name)).collect())
+}
+
+/// Reads a `config.json`.
+pub fn read_config(path: &Path) -> Result<DecoderConfig> {
+    let fail = |reason: String| Error::File { path: path.display().to_string(), reason };
+    let text = std::fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
+    let value: Value = serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;
+    parse_config(&value).map_err(fail)
+}
+
+/// Reads the contents of a `config.json`.
+///
+/// # Errors
+/// A sentence that names the key and the fix.
+pub fn parse_config(v: &Value) -> Result<DecoderConfig, String> {
+    let number = |key: &str| -> Result<usize, String> {
+        v[key].as_u64().map(|n| n as usize).ok_or_else(|| format!("key {key} is missing or no number"))
+    };
+    let or = |key: &str, default: usize| v[key].as_u64().map_or(default, |n| n as usize);
+    let float = |key: &str, default: f64| v[key].as_f64().unwrap_or(default);
+    let flag = |key: &str, default: bool| v[key].as_bool().unwrap_or(default);
+    let scores = v["architectures"][0].as_str().is_some_and(|a| a.ends_with("SequenceClassification"));
+    let head = if scores { Head::Score } else { Head::Lm };
+    let positive = |n: usize, key: &str| match n {
+        0 => Err(format!("key {key} must be positive")),
+        n => Ok(n),
+    };
+    match v["model_type"].as_str() {
+        Some("llama" | "mistral") => {
+            let heads = positive(number("num_attention_heads")?, "num_attention_heads")?;
+            let hidden = number("hidden_size")?;
+            let kv = positive(or("num_key_value_heads", heads), "num_key_value_heads")?;
+            if heads % kv != 0 {
+                return Err(format!("num_attention_heads {heads} is no multiple of num_key_value_heads {kv}"));
+            }
+            // transformers 5 writes rope_parameters; older files rope_theta and rope_scaling.
+            let rope = if v["rope_parameters"].is_object() { &v["rope_parameters"] } else { &v["rope_scaling"] };
+            let theta = rope["rope_theta"].as_f64().unwrap_or_else(|| float("rope_theta", 10_000.0));
+            Ok(DecoderConfig::Llama(LlamaConfig {
+                vocab_size: positive(number("vocab_size")?, "vocab_size")?,
+                hidden_size: hidden,
+                intermediate_size: number("intermediate_size")?,
+                num_hidden_layers: number("num_hidden_layers")?,
+                num_attention_heads: heads,
+                num_key_value_heads: kv,
+                head_dim: or("head_dim", hidden / heads),
+                max_position_embeddings: or("max_position_embeddings", 2048),
+                rms_norm_eps: float("rms_norm_eps", 1e-6) as f32,
+                rope_theta: theta,
+                rope_scaling: rope_scaling(rope)?,
+                tie_word_embeddings: flag("tie_word_embeddings", false),
+                attention_bias: flag("attention_bias", false),
+                mlp_bias: flag("mlp_bias", false),
+                head,
+            }))
+        }
+        Some("gpt2") => {
+            let width = number("n_embd")?;
+            let n_head = positive(number("n_head")?, "n_head")?;
+            let activation = v["activation_function"].as_str().unwrap_or("gelu_new");
+            if !matches!(activation, "gelu_new" | "gelu_pytorch_tanh") {
+                return Err(format!("activation_function {activation} is not GPT-2's gelu_new"));
+            }
+            if width % n_head != 0 {
+                return Err(format!("n_embd {width} is no multiple of n_head {n_head}"));
+            }
+            Ok(DecoderConfig::Gpt2(Gpt2Config {
+                vocab_size: positive(number("vocab_size")?, "vocab_size")?,
+                n_positions: or("n_positions", 1024),
+                n_embd: width,
+                n_layer: number("n_layer")?,
+                n_head,
+                n_inner: or("n_inner", 4 * width),
+                layer_norm_epsilon: float("layer_norm_epsilon", 1e-5) as f32,
+                resid_pdrop: float("resid_pdrop", 0.1) as f32,
+                head,
+            }))
+        }
+        Some(other) => Err(format!("model_type {other} is not known; this build knows llama and gpt2")),
+        None => Err("key model_type is missing; it names the architecture, as \"llama\"".into()),
+    }
+}
+
+fn rope_scaling(v: &Value) -> Result<RopeScaling, String> {
+    let need = |key: &str| v[key].as_f64().ok_or_else(|| format!("rope scaling lacks {key}"));
+    match v["rope_type"].as_str().or(v["type"].as_str()) {
+        None | Some("default") => Ok(RopeScaling::None),
+        Some("linear") => Ok(RopeScaling::Linear { factor: need("factor")? }),
+        Some("llama3") => Ok(RopeScaling::Llama3 {
+            factor: need("factor")?,
+            low: need("low_freq_factor")?,
+            high: need("high_freq_factor")?,
+            original: need("original_max_position_embeddings")?,
+        }),
+        Some(other) => Err(format!("rope_type {other} is not known; known are default, linear, llama3")),
+    }
+}
+
+/// The `config.json` of a model.
+pub fn config_json(config: &DecoderConfig, dtype: Dtype) -> Value {
+    let torch_dtype = match dtype {
+        Dtype::Bf16 => "bfloat16",
+        Dtype::F16 => "float16",
+        _ => "float32",
+    };
+    match config {
+        DecoderConfig::Llama(c) => {
+            let scaling = match c.rope_scaling {
+                RopeScaling::None => Value::Null,
+                RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+                RopeScaling::Llama3 { factor, low, high, original } => json!({
+                    "rope_type": "llama3", "factor": factor, "low_freq_factor": low,
+                    "high_freq_factor": high, "original_max_position_embeddings": original as u64,
+                }),
+            };
+            let class = match c.head {
+                Head::Lm => "LlamaForCausalLM",
+                Head::Score => "LlamaForSequenceClassification",
+            };
+            let mut v = json!({
+                "architectures": [class], "model_type": "llama", "vocab_size": c.vocab_size,
+                "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
+                "num_hidden_layers": c.num_hidden_layers, "num_attention_heads": c.num_attention_heads,
+                "num_key_value_heads": c.num_key_value_heads, "head_dim": c.head_dim,
+                "max_position_embeddings": c.max_position_embeddings, "hidden_act": "silu",
+                "rms_norm_eps": f64::from(c.rms_norm_eps), "rope_theta": c.rope_theta,
+                "rope_scaling": scaling, "tie_word_embeddings": c.tie_word_embeddings,
+                "attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias, "torch_dtype": torch_dtype,
+            });
+            if c.head == Head::Score {
+                v["num_labels"] = json!(1);
+            }
+            v
+        }
+        DecoderConfig::Gpt2(c) => {
+            let class = match c.head {
+                Head::Lm => "GPT2LMHeadModel",
+                Head::Score => "GPT2ForSequenceClassification",
+            };
+            let p = f64::from(c.resid_pdrop);
+            let mut v = json!({
+                "architectures": [class], "model_type": "gpt2", "vocab_size": c.vocab_size,
+                "n_positions": c.n_positions, "n_embd": c.n_embd, "n_layer": c.n_layer,
+                "n_head": c.n_head, "n_inner": c.n_inner, "activation_function": "gelu_new",
+                "layer_norm_epsilon": f64::from(c.layer_norm_epsilon), "resid_pdrop": p,
+                "embd_pdrop": p, "attn_pdrop": 0.0, "torch_dtype": torch_dtype,
+            });
+            if c.head == Head::Score {
+                v["num_labels"] = json!(1);
+            }
+            v
+        }
+    }
+}

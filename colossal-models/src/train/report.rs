@@ -1,0 +1,56 @@
+//! What a training step tells.
+
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use colossal_kernels::{Epilogue, Mat, MatMut};
+use serde::Serialize;
+
+/// The numbers of one step, of all ranks together unless said otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct StepReport {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// The loss of the global batch.
+    pub loss: f32,
+    /// Global norm of the gradient before clipping.
+    pub grad_norm: f32,
+    /// The learning rate.
+    pub lr: f32,
+    /// Tokens of the global batch.
+    pub tokens: usize,
+    /// Wall seconds.
+    pub seconds: f64,
+    /// Tokens per second.
+    pub tokens_per_second: f64,
+    /// Model flops over the measured matrix-multiply peak of the cores in use; 0 if unknown.
+    pub mfu: f64,
+    /// Most bytes of tensors that were live at once on this rank since the trainer was made.
+    pub peak_bytes: usize,
+    /// Bytes this rank sent in this step.
+    pub sent_bytes: u64,
+}
+
+/// Matrix-multiply flops per second of this rank's threads, measured once: best of three 768³
+/// products in f32.
+pub(crate) fn gemm_peak() -> f64 {
+    static PEAK: OnceLock<f64> = OnceLock::new();
+    *PEAK.get_or_init(|| {
+        const N: usize = 768;
+        let (a, b) = (vec![0.5f32; N * N], vec![0.25f32; N * N]);
+        let mut c = vec![0.0f32; N * N];
+        let best = (0..3)
+            .map(|_| {
+                let start = Instant::now();
+                colossal_kernels::gemm(
+                    Mat::new(&a, N, N),
+                    Mat::new(&b, N, N),
+                    MatMut::new(&mut c, N, N),
+                    &Epilogue::default(),
+                );
+                start.elapsed().as_secs_f64()
+            })
+            .fold(f64::INFINITY, f64::min);
+        2.0 * (N * N * N) as f64 / best
+    })
+}

@@ -1,0 +1,437 @@
+//! The trainer: forward, backward with gradients reduced on the way, clip, AdamW, gather.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use colossal_kernels as kernels;
+use colossal_tensor::storage::{Buffer, memory_stats};
+use colossal_tensor::{
+    Dtype, Error, Flat, GradSink, Group, Param, ParamId, Placement, Result, Tensor,
+};
+use colossal_zero::{Stage, Zero};
+use half::bf16;
+
+use super::data::Batch;
+use super::report::{StepReport, gemm_peak};
+use super::{AdamW, Plan};
+use crate::decoder::{CausalLm, DecoderConfig, Tokens};
+
+/// A model in training under a plan.
+#[derive(Debug)]
+pub struct Trainer {
+    /// The model.
+    pub model: CausalLm,
+    /// The plan.
+    pub plan: Plan,
+    /// The optimizer's hyper-parameters; may be changed between steps.
+    pub optimizer: AdamW,
+    pub(super) flat: Arc<Flat>,
+    pub(super) slots: Vec<Slot>,
+    by_id: HashMap<ParamId, usize>,
+    zero: Zero,
+    pub(super) states: Vec<State>,
+    pub(super) step: u64,
+    world: Group,
+    seed: u64,
+}
+
+/// Where a parameter lies in the flat vector of all parameters.
+#[derive(Debug, Clone)]
+pub(super) struct Slot {
+    pub(super) param: Arc<Param>,
+    pub(super) range: Range<usize>,
+    decay: bool,
+    /// Ranks outside `dp` that hold the same values.
+    copies: f64,
+    /// Axes other than `dp` along which the gradient is a pending sum.
+    pending: Vec<String>,
+}
+
+/// Optimizer state of one of this rank's pieces of the flat vector.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) range: Range<usize>,
+    pub(super) m: Buffer,
+    pub(super) v: Buffer,
+    /// f32 masters, when parameters are held in less.
+    pub(super) master: Option<Buffer>,
+}
+
+impl Trainer {
+    /// A trainer of a model with fresh weights.
+    ///
+    /// # Errors
+    /// When the plan does not fit the ranks, or a degree does not divide a dimension.
+    pub fn new(
+        world: &Group,
+        plan: &Plan,
+        config: &DecoderConfig,
+        optimizer: AdamW,
+        seed: u64,
+    ) -> Result<Trainer> {
+        let scope = plan.scope(world)?;
+        let model = CausalLm::new(&scope, config, seed, plan.precision.dtype())?;
+        Trainer::of(world, plan, model, optimizer, seed)
+    }
+
+    /// A trainer of a published model (a folder), with its own head or another.
+    pub fn from_pretrained(
+        world: &Group,
+        plan: &Plan,
+        path: &Path,
+        head: Option<crate::Head>,
+        optimizer: AdamW,
+        seed: u64,
+    ) -> Result<Trainer> {
+        let scope = plan.scope(world)?;
+        let model = crate::hf::load(path, &scope, plan.precision.dtype(), head)?;
+        Trainer::of(world, plan, model, optimizer, seed)
+    }
+
+    /// A trainer of this model, whose scope must be the plan's.
+    pub fn of(
+        world: &Group,
+        plan: &Plan,
+        mut model: CausalLm,
+        optimizer: AdamW,
+        seed: u64,
+    ) -> Result<Trainer> {
+        model.stack = model.stack.recompute(plan.recompute);
+        let dtype = plan.precision.dtype();
+        // Gradients become complete from the last layer to the first: so they lie in memory.
+        let mut slots = Vec::new();
+        let mut end = 0;
+        for param in model.params.all().into_iter().rev() {
+            let range = end..end + param.len();
+            end = range.end;
+            slots.push(Slot::new(param, range));
+        }
+        let mut buffer = Buffer::new::<u8>(end * dtype.bytes());
+        let mut masters = Vec::with_capacity(if dtype == Dtype::F32 { 0 } else { end });
+        for slot in &slots {
+            let bytes = slot.range.start * dtype.bytes()..slot.range.end * dtype.bytes();
+            buffer.as_mut_slice::<u8>()[bytes].copy_from_slice(slot.param.lease()?.bytes());
+            if dtype != Dtype::F32 {
+                masters.extend(slot.param.to_vec()?);
+            }
+        }
+        let flat = Flat::new(buffer);
+        for slot in &slots {
+            let bytes = slot.range.start * dtype.bytes()..slot.range.end * dtype.bytes();
+            slot.param.rebind(flat.clone(), bytes);
+        }
+        let dp = model.scope().mesh().group("dp").map_err(comm)?.clone();
+        let segments: Vec<(usize, usize)> =
+            slots.iter().map(|s| (s.range.start, s.range.len())).collect();
+        let bucket = plan.bucket_mib * (1 << 20) / size_of::<f32>();
+        let zero = Zero::new(plan.stage(), dp, end, bucket, &segments).map_err(zero_error)?;
+        let states = zero
+            .shard_ranges()
+            .into_iter()
+            .map(|range| State {
+                m: Buffer::zeros::<f32>(range.len()),
+                v: Buffer::zeros::<f32>(range.len()),
+                master: (!masters.is_empty()).then(|| Buffer::from_slice(&masters[range.clone()])),
+                range,
+            })
+            .collect();
+        let by_id = slots.iter().enumerate().map(|(i, s)| (s.param.id(), i)).collect();
+        let (plan, world) = (plan.clone(), world.clone());
+        Ok(Trainer { model, plan, optimizer, flat, slots, by_id, zero, states, step: 0, world, seed })
+    }
+
+    /// Steps done.
+    pub fn steps(&self) -> u64 {
+        self.step
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.world.rank()
+    }
+
+    /// All ranks.
+    pub fn world(&self) -> &Group {
+        &self.world
+    }
+
+    /// The seed of the run.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// This rank's coordinate on the `dp` axis, and its size: which part of a batch is its own.
+    pub fn data_part(&self) -> (usize, usize) {
+        let mesh = self.model.scope().mesh();
+        (mesh.coord("dp").unwrap_or(0), mesh.size("dp").unwrap_or(1))
+    }
+
+    /// One step of language modelling on a *global* batch: the mean loss over its targets.
+    ///
+    /// # Errors
+    /// A batch that does not divide; a loss that is not finite (the parameters are untouched).
+    pub fn step(&mut self, batch: &Batch) -> Result<StepReport> {
+        let (part, parts) = self.data_part();
+        let micro = self.plan.microbatches;
+        let count = batch.learnt();
+        if count == 0 {
+            return Err(Error::Other(
+                "step: no token of the batch has a target; is the answer cut off by the maximum length?".into(),
+            ));
+        }
+        let seed = self.seed;
+        let number = self.step;
+        self.train(batch.ids.len(), batch.seq, |model, i| {
+            let own = batch.part(i * parts + part, micro * parts)?;
+            let loss = lm_loss(model, &own, Some(dropout_stream(seed, number, i)))?;
+            loss.scale(1.0 / count as f32)
+        })
+    }
+
+    /// One step on any loss: `loss(model, microbatch)` returns this rank's term of the loss as a
+    /// scalar that already is divided by the global count. `tokens` and `seq` are for the report.
+    pub fn train(
+        &mut self,
+        tokens: usize,
+        seq: usize,
+        mut loss: impl FnMut(&CausalLm, usize) -> Result<Tensor>,
+    ) -> Result<StepReport> {
+        let start = Instant::now();
+        let sent = self.world_bytes();
+        let mut total = 0.0;
+        let mut waiting = HashMap::new();
+        for i in 0..self.plan.microbatches {
+            let term = loss(&self.model, i)?;
+            total += self.global_value(&term)?;
+            let mut sink = Sink {
+                trainer_slots: &self.slots,
+                by_id: &self.by_id,
+                zero: &mut self.zero,
+                stage: self.plan.stage(),
+                last: i + 1 == self.plan.microbatches,
+                waiting: &mut waiting,
+            };
+            term.backward_into(&mut sink, None)?;
+            if self.plan.stage() == Stage::Two && i + 1 < self.plan.microbatches {
+                self.zero.finish().map_err(zero_error)?;
+            }
+        }
+        // What no loss reached in the last microbatch but in an earlier one is sent now.
+        let mut rest: Vec<(ParamId, Buffer)> = waiting.drain().collect();
+        rest.sort_by_key(|(id, _)| *id);
+        for (id, grad) in rest {
+            let slot = &self.slots[self.by_id[&id]];
+            send(slot, grad, &mut self.zero)?;
+        }
+        self.zero.finish().map_err(zero_error)?;
+        let (norm, lr) = self.update(total)?;
+        let seconds = start.elapsed().as_secs_f64();
+        let matrices: usize = self
+            .slots
+            .iter()
+            .filter(|s| s.decay)
+            .map(|s| s.param.global_shape().iter().product::<usize>())
+            .sum();
+        let flops = self.model.config.flops_per_token(matrices, seq) * tokens as f64;
+        Ok(StepReport {
+            step: self.step,
+            loss: total,
+            grad_norm: norm,
+            lr,
+            tokens,
+            seconds,
+            tokens_per_second: tokens as f64 / seconds,
+            mfu: flops / seconds / (gemm_peak() * self.world.world_size() as f64),
+            peak_bytes: memory_stats().peak,
+            sent_bytes: self.world_bytes() - sent,
+        })
+    }
+
+    /// Clips, updates this rank's pieces, gathers everybody's.
+    fn update(&mut self, loss: f32) -> Result<(f32, f32)> {
+        let norm = self.grad_norm()?;
+        if !loss.is_finite() || !norm.is_finite() {
+            self.zero.clear();
+            return Err(Error::Other(format!(
+                "step {}: loss {loss}, gradient norm {norm}: not finite. The parameters are those of \
+                 the step before; lower the learning rate, or look at the data of this batch",
+                self.step + 1
+            )));
+        }
+        let o = self.optimizer;
+        let scale = if o.clip > 0.0 && norm > o.clip { o.clip / norm } else { 1.0 };
+        let lr = o.lr.at(self.step);
+        self.step += 1;
+        let t = self.step as u32;
+        let (slots, states, zero) = (&self.slots, &mut self.states, &mut self.zero);
+        let dtype = self.plan.precision.dtype();
+        self.flat.write(|flat| -> Result<()> {
+            let mut pieces = states.iter_mut();
+            zero.step(|range, grad| {
+                let Some(state) = pieces.next() else { return };
+                debug_assert_eq!(state.range, range);
+                for slot in overlapping(slots, &range) {
+                    let all = slot.range.start.max(range.start)..slot.range.end.min(range.end);
+                    let own = all.start - range.start..all.end - range.start;
+                    let rule = kernels::AdamW {
+                        lr,
+                        beta1: o.betas.0,
+                        beta2: o.betas.1,
+                        eps: o.eps,
+                        weight_decay: if slot.decay { o.weight_decay } else { 0.0 },
+                    };
+                    let m = &mut state.m.as_mut_slice::<f32>()[own.clone()];
+                    let v = &mut state.v.as_mut_slice::<f32>()[own.clone()];
+                    let grad = &grad[own.clone()];
+                    match (&mut state.master, dtype) {
+                        (Some(master), _) => {
+                            let master = &mut master.as_mut_slice::<f32>()[own];
+                            let params = &mut flat.as_mut_slice::<bf16>()[all];
+                            rule.step_bf16(t, scale, master, params, grad, m, v);
+                        }
+                        (None, _) => {
+                            let params = &mut flat.as_mut_slice::<f32>()[all];
+                            rule.step_grad_scale(t, params, grad, m, v, scale);
+                        }
+                    }
+                }
+            });
+            zero.clear();
+            match dtype {
+                Dtype::F32 => zero.gather_params(flat.as_mut_slice::<f32>()),
+                _ => zero.gather_params(flat.as_mut_slice::<bf16>()),
+            }
+            .map_err(zero_error)
+        })??;
+        Ok((norm, lr))
+    }
+
+    /// The norm of the whole gradient: each element counted once over all ranks.
+    fn grad_norm(&mut self) -> Result<f32> {
+        let slots = &self.slots;
+        let mut sum = 0.0f64;
+        self.zero.step(|range, grad| {
+            for slot in overlapping(slots, &range) {
+                let from = slot.range.start.max(range.start) - range.start;
+                let to = slot.range.end.min(range.end) - range.start;
+                sum += kernels::sum_of_squares(&grad[from..to]) / slot.copies;
+            }
+        });
+        // With stage 0 every dp rank holds the whole gradient.
+        if self.plan.stage() == Stage::Zero {
+            sum /= self.plan.dp as f64;
+        }
+        let mut all = [sum];
+        self.world.all_reduce(&mut all, colossal_comm::ReduceOp::Sum).map_err(comm)?;
+        Ok(all[0].sqrt() as f32)
+    }
+
+    /// The value of a scalar over all ranks: pending sums are summed.
+    pub fn global_value(&self, scalar: &Tensor) -> Result<f32> {
+        let mut layout = scalar.layout();
+        for axis in 0..self.model.scope().mesh().axes().len() {
+            if layout[axis] == Placement::Partial {
+                layout[axis] = Placement::Invariant;
+            }
+        }
+        colossal_tensor::no_grad(|| scalar.detach().to_layout(layout)?.item())
+    }
+
+    fn world_bytes(&self) -> u64 {
+        let mesh = self.model.scope().mesh();
+        ["dp", "tp"].iter().filter_map(|a| mesh.group(a).ok()).map(|g| g.counters().bytes()).sum()
+    }
+}
+
+/// The summed loss of this rank's sequences.
+pub fn lm_loss(
+    model: &CausalLm,
+    batch: &Batch,
+    dropout: Option<colossal_tensor::random::Stream>,
+) -> Result<Tensor> {
+    let mut tokens = Tokens::padded(model.scope(), &batch.ids, batch.seq, batch.lengths.clone())?;
+    tokens.dropout = dropout;
+    let targets = tokens.ids.same_place(&batch.targets)?;
+    model.forward(tokens)?.cross_entropy(&targets)?.sum()
+}
+
+fn dropout_stream(seed: u64, step: u64, micro: usize) -> colossal_tensor::random::Stream {
+    colossal_tensor::random::Stream::named(seed, "dropout").child(step).child(micro as u64)
+}
+
+impl Slot {
+    fn new(param: Arc<Param>, range: Range<usize>) -> Slot {
+        let mut copies = 1.0;
+        let mut pending = Vec::new();
+        for (axis, (name, size)) in param.scope().mesh().axes().iter().enumerate() {
+            if *name == "dp" || *size == 1 {
+                continue;
+            }
+            if !matches!(param.layout()[axis], Placement::Shard(_)) {
+                copies *= *size as f64;
+            }
+            if param.layout()[axis] == Placement::Replicate {
+                pending.push(name.to_string());
+            }
+        }
+        let decay = param.dims().len() > 1;
+        Slot { param, range, decay, copies, pending }
+    }
+}
+
+/// Slots that overlap `range`; slots are sorted by range.
+fn overlapping<'a>(slots: &'a [Slot], range: &Range<usize>) -> impl Iterator<Item = &'a Slot> {
+    let first = slots.partition_point(|s| s.range.end <= range.start);
+    let end = range.end;
+    slots[first..].iter().take_while(move |s| s.range.start < end)
+}
+
+/// Hands gradients to ZeRO the moment they are complete.
+struct Sink<'a> {
+    trainer_slots: &'a [Slot],
+    by_id: &'a HashMap<ParamId, usize>,
+    zero: &'a mut Zero,
+    stage: Stage,
+    last: bool,
+    waiting: &'a mut HashMap<ParamId, Buffer>,
+}
+
+impl GradSink for Sink<'_> {
+    fn accumulate(&mut self, param: &Arc<Param>, add: &mut dyn FnMut(&mut [f32])) -> Result<()> {
+        let grad =
+            self.waiting.entry(param.id()).or_insert_with(|| Buffer::zeros::<f32>(param.len()));
+        add(grad.as_mut_slice());
+        Ok(())
+    }
+
+    fn complete(&mut self, param: &Arc<Param>) -> Result<()> {
+        // Stages 0 and 1 accumulate locally and reduce once; stage 2 keeps only its shard.
+        if !self.last && self.stage != Stage::Two {
+            return Ok(());
+        }
+        match self.waiting.remove(&param.id()) {
+            Some(grad) => send(&self.trainer_slots[self.by_id[&param.id()]], grad, self.zero),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The one gradient rule: what is partial is reduced. `dp` is ZeRO's, other axes are done here.
+fn send(slot: &Slot, mut grad: Buffer, zero: &mut Zero) -> Result<()> {
+    for axis in &slot.pending {
+        let group = slot.param.scope().mesh().group(axis).map_err(comm)?;
+        group.all_reduce(grad.as_mut_slice::<f32>(), colossal_comm::ReduceOp::Sum).map_err(comm)?;
+    }
+    zero.ready(slot.range.start, grad.as_slice()).map_err(zero_error)
+}
+
+fn comm(error: colossal_comm::Error) -> Error {
+    Error::Comm(error.to_string())
+}
+
+fn zero_error(error: colossal_zero::Error) -> Error {
+    Error::Comm(error.to_string())
+}

@@ -1,0 +1,8 @@
+//! Decoders against transformers, plans against one device.
+
+#[path = "it/checkpoints.rs"]
+mod checkpoints;
+#[path = "it/goldens.rs"]
+mod goldens;
+#[path = "it/plans.rs"]
+mod plans;

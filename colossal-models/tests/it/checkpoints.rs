@@ -1,0 +1,135 @@
+//! Resume is bitwise; a folder round-trips; damage is refused and loses nothing.
+
+use std::path::Path;
+
+use colossal_comm::on_ranks;
+use colossal_models::llama::LlamaConfig;
+use colossal_models::train::{AdamW, Batch, Plan, Precision, Trainer, load_checkpoint, save_checkpoint};
+use colossal_models::{DecoderConfig, Dtype, Group, Scope, hf};
+
+use crate::goldens::folder;
+
+fn config() -> DecoderConfig {
+    DecoderConfig::Llama(LlamaConfig::sized(32, 32, 2, 4))
+}
+
+fn batch(step: usize) -> Batch {
+    let rows: Vec<Vec<i32>> = (0..4).map(|r| (0..9).map(|t| ((r * 5 + t * (step + 2)) % 32) as i32).collect()).collect();
+    Batch::windows(&rows.iter().map(|r| &r[..]).collect::<Vec<_>>()).unwrap()
+}
+
+#[test]
+fn a_resumed_run_is_bitwise_the_uninterrupted_one() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("checkpoint-3");
+        let plan = Plan { dp: 2, zero: 2, precision, ..Plan::default() };
+        let new = |world: &Group| Trainer::new(world, &plan, &config(), AdamW::default(), 1).unwrap();
+        let straight = on_ranks(2, |world| {
+            let mut t = new(&world);
+            (0..6).map(|s| t.step(&batch(s)).unwrap().loss.to_bits()).collect::<Vec<_>>()
+        });
+        on_ranks(2, |world| {
+            let mut t = new(&world);
+            (0..3).for_each(|s| drop(t.step(&batch(s)).unwrap()));
+            save_checkpoint(&t, &path).unwrap();
+        });
+        let resumed = on_ranks(2, |world| {
+            let mut t = new(&world);
+            load_checkpoint(&mut t, &path).unwrap();
+            assert_eq!(t.steps(), 3);
+            (3..6).map(|s| t.step(&batch(s)).unwrap().loss.to_bits()).collect::<Vec<_>>()
+        });
+        assert_eq!(resumed[0], straight[0][3..], "{precision:?}");
+        assert_eq!(resumed[1], straight[1][3..], "{precision:?}");
+    }
+}
+
+#[test]
+fn published_folders_round_trip_whole_and_in_shards() {
+    for name in ["llama", "llama3", "gpt2"] {
+        for shard in [1 << 30, 9000] {
+            let dir = tempfile::tempdir().unwrap();
+            let model = hf::load(&folder(name), &Scope::solo(), Dtype::F32, None).unwrap();
+            hf::save(&model, dir.path(), shard).unwrap();
+            assert_eq!(dir.path().join("model.safetensors").exists(), shard > 9000);
+            let again = hf::load(dir.path(), &Scope::solo(), Dtype::F32, None).unwrap();
+            assert_eq!(again.config, model.config, "{name}");
+            for (a, b) in model.params.all().iter().zip(again.params.all()) {
+                assert_eq!(a.to_vec().unwrap(), b.to_vec().unwrap(), "{name} {}", a.name());
+            }
+        }
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+#[test]
+fn damaged_folders_are_refused_with_the_file_and_the_key() {
+    let refuse = |change: &dyn Fn(&Path)| {
+        let dir = tempfile::tempdir().unwrap();
+        copy(&folder("llama"), dir.path());
+        change(dir.path());
+        hf::load(dir.path(), &Scope::solo(), Dtype::F32, None).unwrap_err().to_string()
+    };
+    let edit = |from: &'static str, to: &'static str| {
+        move |dir: &Path| {
+            let path = dir.join("config.json");
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert!(text.contains(from), "{from}");
+            std::fs::write(path, text.replace(from, to)).unwrap();
+        }
+    };
+    let truncated = refuse(&|dir| {
+        let path = dir.join("model.safetensors");
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+    });
+    assert!(truncated.contains("model.safetensors") && truncated.contains("whole"), "{truncated}");
+    let missing = refuse(&edit("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3"));
+    assert!(missing.contains("model.layers.2.") && missing.contains("missing"), "{missing}");
+    let shape = refuse(&edit("\"intermediate_size\": 50", "\"intermediate_size\": 52"));
+    assert!(shape.contains("[50, 36]") && shape.contains("[52, 36]"), "{shape}");
+    let extra = refuse(&edit("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1"));
+    assert!(extra.contains("model.layers.1.") && extra.contains("no use"), "{extra}");
+    let family = refuse(&edit("\"model_type\": \"llama\"", "\"model_type\": \"lama\""));
+    assert!(family.contains("lama") && family.contains("knows llama"), "{family}");
+    let key = refuse(&edit("\"vocab_size\"", "\"vocabulary\""));
+    assert!(key.contains("config.json") && key.contains("vocab_size"), "{key}");
+}
+
+#[test]
+fn a_failed_save_leaves_the_older_checkpoint_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("checkpoint");
+    let mut t = Trainer::new(&Group::solo(), &Plan::default(), &config(), AdamW::default(), 1).unwrap();
+    save_checkpoint(&t, &path).unwrap();
+    let before = std::fs::read(path.join("model.safetensors")).unwrap();
+    t.step(&batch(0)).unwrap();
+    // The draft's name is taken by a file: the folder cannot be written.
+    std::fs::write(dir.path().join(".checkpoint.partial"), b"in the way").unwrap();
+    assert!(save_checkpoint(&t, &path).is_err());
+    assert_eq!(std::fs::read(path.join("model.safetensors")).unwrap(), before);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_leaves_the_parameters_alone() {
+    let mut t = Trainer::new(&Group::solo(), &Plan::default(), &config(), AdamW::default(), 1).unwrap();
+    let before: Vec<_> = t.model.params.all().iter().map(|p| p.to_vec().unwrap()).collect();
+    let error = t
+        .train(1, 1, |model, _| {
+            let tokens = colossal_models::Tokens::new(model.scope(), &[1, 2], 2)?;
+            model.forward(tokens)?.sum()?.scale(f32::NAN)
+        })
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("not finite") && error.contains("learning rate"), "{error}");
+    let after: Vec<_> = t.model.params.all().iter().map(|p| p.to_vec().unwrap()).collect();
+    assert_eq!(before, after);
+    assert!(t.step(&batch(0)).unwrap().loss.is_finite());
+}

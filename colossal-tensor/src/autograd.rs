@@ -1,0 +1,444 @@
+//! Reverse-mode differentiation in which backward consumes.
+//!
+//! A node owns what its op saved inside an `FnOnce`; running it frees those activations as the
+//! pass goes by. Nodes are numbered as they are made, so the highest number that has a gradient
+//! is always complete: no sort, no counts, no zero-filled sums. The gradient of a parameter is
+//! accumulated in place, in f32, where a [`GradSink`] says, and handed on the moment its last use
+//! has been passed. Weight gradients can be put off ([`Deferred`]): zero-bubble pipelines.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::dtype::{Dtype, float};
+use crate::error::{Error, Result};
+use crate::params::{Param, ParamId};
+use crate::placement::Layout;
+use crate::storage::Buffer;
+use crate::tensor::{Scope, Tensor};
+
+/// What a tensor's gradient flows into.
+#[derive(Clone)]
+pub(crate) enum Edge {
+    None,
+    Node(Arc<Node>),
+    Leaf(Arc<Param>),
+}
+
+/// One recorded op.
+pub(crate) struct Node {
+    id: u64,
+    op: &'static str,
+    inputs: Vec<Edge>,
+    backward: Mutex<Option<BackwardFn>>,
+}
+
+type BackwardFn = Box<dyn FnOnce(Tensor, &mut Backward<'_>) -> Result<()> + Send>;
+
+impl Node {
+    /// Parameters used inside (a leaf edge per use).
+    fn leaves(&self) -> impl Iterator<Item = &Arc<Param>> {
+        self.inputs.iter().filter_map(|e| match e {
+            Edge::Leaf(p) => Some(p),
+            _ => None,
+        })
+    }
+}
+
+thread_local! {
+    static GRAD: Cell<bool> = const { Cell::new(true) };
+    /// While a layer runs to be recomputed later: the parameters it used.
+    static USED: RefCell<Option<Vec<Arc<Param>>>> = const { RefCell::new(None) };
+}
+
+/// Runs `f` without recording a graph.
+pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
+    with_grad(false, f)
+}
+
+pub(crate) fn with_grad<R>(on: bool, f: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            GRAD.set(self.0);
+        }
+    }
+    let _restore = Restore(GRAD.replace(on));
+    f()
+}
+
+/// Are ops being recorded on this thread?
+pub fn is_grad_enabled() -> bool {
+    GRAD.get()
+}
+
+pub(crate) fn leaf(param: &Arc<Param>) -> Edge {
+    USED.with_borrow_mut(|used| {
+        if let Some(used) = used
+            && !used.iter().any(|p| p.id() == param.id())
+        {
+            used.push(param.clone());
+        }
+    });
+    if is_grad_enabled() && param.is_trainable() { Edge::Leaf(param.clone()) } else { Edge::None }
+}
+
+/// Runs `f` without a graph and returns the trainable parameters that it used.
+pub(crate) fn record_used<R>(f: impl FnOnce() -> R) -> (R, Vec<Arc<Param>>) {
+    let outer = USED.replace(Some(Vec::new()));
+    let result = no_grad(f);
+    let mut used = USED.replace(outer).unwrap_or_default();
+    used.retain(|p| p.is_trainable());
+    (result, used)
+}
+
+/// Attaches a node to `output` if any input needs a gradient.
+///
+/// `backward` receives the gradient of `output` and gives each input its own.
+pub(crate) fn record(
+    op: &'static str,
+    output: Tensor,
+    inputs: &[&Tensor],
+    backward: impl FnOnce(Tensor, &mut Backward<'_>) -> Result<()> + Send + 'static,
+) -> Tensor {
+    if !is_grad_enabled() || !inputs.iter().any(|t| t.requires_grad()) {
+        return output;
+    }
+    let edges = inputs.iter().map(|t| t.edge().clone()).collect();
+    record_edges(op, output, edges, backward)
+}
+
+pub(crate) fn record_edges(
+    op: &'static str,
+    output: Tensor,
+    inputs: Vec<Edge>,
+    backward: impl FnOnce(Tensor, &mut Backward<'_>) -> Result<()> + Send + 'static,
+) -> Tensor {
+    if output.scope().is_fake() {
+        return output;
+    }
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let id = NEXT.fetch_add(1, Ordering::Relaxed);
+    let backward: BackwardFn = Box::new(backward);
+    let node = Node { id, op, inputs, backward: Mutex::new(Some(backward)) };
+    output.with_edge(Edge::Node(Arc::new(node)))
+}
+
+/// Where gradients of parameters go.
+pub trait GradSink {
+    /// Lends the f32 accumulator of `param` (its local length) to `add`, which adds to it.
+    fn accumulate(&mut self, param: &Arc<Param>, add: &mut dyn FnMut(&mut [f32])) -> Result<()>;
+
+    /// Every use of `param` in this backward pass has been added: its gradient may be sent.
+    fn complete(&mut self, param: &Arc<Param>) -> Result<()> {
+        let _ = param;
+        Ok(())
+    }
+}
+
+/// Gradients by parameter: the sink that simply keeps them.
+#[derive(Debug, Default)]
+pub struct Grads {
+    by_id: HashMap<ParamId, Buffer>,
+    completed: Vec<String>,
+}
+
+impl Grads {
+    /// The gradient of a parameter in f32, local part; `None` if the loss does not depend on it.
+    pub fn get(&self, param: &Param) -> Option<&[f32]> {
+        self.by_id.get(&param.id()).map(Buffer::as_slice)
+    }
+
+    /// Names of parameters in the order in which their gradients became complete.
+    pub fn completed(&self) -> &[String] {
+        &self.completed
+    }
+}
+
+impl GradSink for Grads {
+    fn accumulate(&mut self, param: &Arc<Param>, add: &mut dyn FnMut(&mut [f32])) -> Result<()> {
+        let len = param.shape().iter().product();
+        let grad = self.by_id.entry(param.id()).or_insert_with(|| Buffer::zeros::<f32>(len));
+        add(grad.as_mut_slice());
+        Ok(())
+    }
+
+    fn complete(&mut self, param: &Arc<Param>) -> Result<()> {
+        self.completed.push(param.name().to_string());
+        Ok(())
+    }
+}
+
+/// Weight gradients that were put off: run them when there is nothing better to do.
+#[derive(Default)]
+pub struct Deferred(Vec<Job>);
+
+type Accumulate = Box<dyn FnOnce(&mut [f32]) -> Result<()> + Send>;
+
+struct Job {
+    param: Arc<Param>,
+    last: bool,
+    add: Accumulate,
+}
+
+impl Deferred {
+    /// How many wait.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Does none wait?
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Computes them all into `sink`.
+    pub fn run(&mut self, sink: &mut dyn GradSink) -> Result<()> {
+        for job in self.0.drain(..) {
+            deposit(sink, &job.param, job.add)?;
+            if job.last {
+                sink.complete(&job.param)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Lends the accumulator of `param` to `add`, once.
+fn deposit(
+    sink: &mut dyn GradSink,
+    param: &Arc<Param>,
+    add: impl FnOnce(&mut [f32]) -> Result<()>,
+) -> Result<()> {
+    let (mut add, mut result) = (Some(add), Ok(()));
+    sink.accumulate(param, &mut |acc| {
+        if let Some(add) = add.take() {
+            result = add(acc);
+        }
+    })?;
+    result
+}
+
+impl std::fmt::Debug for Deferred {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Deferred").field(&self.len()).finish()
+    }
+}
+
+/// A backward pass under way: what a node's closure gives its gradients to.
+pub(crate) struct Backward<'a> {
+    sink: &'a mut dyn GradSink,
+    deferred: Option<&'a mut Deferred>,
+    pending: BTreeMap<u64, (Arc<Node>, Tensor)>,
+    uses: HashMap<ParamId, usize>,
+    inputs: Vec<Edge>,
+}
+
+impl Backward<'_> {
+    /// Does input `i` want a gradient?
+    pub(crate) fn wants(&self, i: usize) -> bool {
+        !matches!(self.inputs[i], Edge::None)
+    }
+
+    /// Gives input `i` its gradient.
+    pub(crate) fn give(&mut self, i: usize, grad: Tensor) -> Result<()> {
+        match &self.inputs[i] {
+            Edge::None => Ok(()),
+            Edge::Node(node) => {
+                let node = node.clone();
+                let sum = match self.pending.remove(&node.id) {
+                    Some((_, old)) => old.add_consuming(grad)?,
+                    None => grad,
+                };
+                self.pending.insert(node.id, (node, sum));
+                Ok(())
+            }
+            Edge::Leaf(param) => {
+                let param = param.clone();
+                float!("backward", grad.dtype(), T => {
+                    let values = grad.read::<T>()?;
+                    self.sink.accumulate(&param, &mut |acc| {
+                        colossal_kernels::add_into(values.as_slice::<T>(), acc);
+                    })
+                })
+            }
+        }
+    }
+
+    /// Input `i` is a weight: `add` adds its gradient to an f32 accumulator, now or later.
+    pub(crate) fn weight(
+        &mut self,
+        i: usize,
+        like: &Weight,
+        add: impl FnOnce(&mut [f32]) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        match self.inputs[i].clone() {
+            Edge::None => Ok(()),
+            Edge::Leaf(param) => match &mut self.deferred {
+                Some(queue) => {
+                    queue.0.push(Job { param, last: false, add: Box::new(add) });
+                    Ok(())
+                }
+                None => deposit(self.sink, &param, add),
+            },
+            Edge::Node(_) => {
+                let mut grad = Buffer::zeros::<f32>(like.shape.iter().product());
+                add(grad.as_mut_slice())?;
+                let grad = Tensor::wrap(&like.scope, grad, &like.shape, Dtype::F32, like.layout.dual());
+                self.give(i, crate::no_grad(|| grad.to_dtype(like.dtype))?)
+            }
+        }
+    }
+
+    /// Runs a nested pass (of a recomputed layer) that reports into this one.
+    pub(crate) fn nested(&mut self, root: &Tensor, seed: Tensor) -> Result<()> {
+        let deferred = self.deferred.as_deref_mut();
+        let before = deferred.as_ref().map_or(0, |d| d.len());
+        let mut inner = Nested(&mut *self.sink);
+        run(root, seed, &mut inner, deferred)?;
+        if let Some(queue) = &mut self.deferred {
+            queue.0[before..].iter_mut().for_each(|job| job.last = false);
+        }
+        Ok(())
+    }
+}
+
+/// Completion inside a recomputed layer is not completion outside of it.
+struct Nested<'a>(&'a mut dyn GradSink);
+
+impl GradSink for Nested<'_> {
+    fn accumulate(&mut self, param: &Arc<Param>, add: &mut dyn FnMut(&mut [f32])) -> Result<()> {
+        self.0.accumulate(param, add)
+    }
+}
+
+/// What `Backward::weight` must know of a weight that is not a parameter.
+#[derive(Clone)]
+pub(crate) struct Weight {
+    scope: Scope,
+    shape: Vec<usize>,
+    dtype: Dtype,
+    layout: Layout,
+}
+
+impl Weight {
+    pub(crate) fn like(t: &Tensor) -> Weight {
+        Weight {
+            scope: t.scope().clone(),
+            shape: t.shape().to_vec(),
+            dtype: t.dtype(),
+            layout: t.layout(),
+        }
+    }
+}
+
+impl Tensor {
+    /// Gradients of this scalar with respect to every trainable parameter.
+    ///
+    /// ```
+    /// use colossal_tensor::{Params, Scope, placement::Dim, Init, Dtype};
+    /// let params = Params::new(&Scope::solo(), 0, Dtype::F32);
+    /// let w = params.at("w").tensor("weight", &[Dim::Other(3)], Init::Constant(2.0))?;
+    /// let loss = w.tensor().mul(&w.tensor())?.sum()?; // 3 * 2^2
+    /// let grads = loss.backward()?;
+    /// assert_eq!(grads.get(&w), Some(&[4.0, 4.0, 4.0][..]));
+    /// # Ok::<(), colossal_tensor::Error>(())
+    /// ```
+    pub fn backward(&self) -> Result<Grads> {
+        let mut grads = Grads::default();
+        self.backward_into(&mut grads, None)?;
+        Ok(grads)
+    }
+
+    /// As [`Tensor::backward`], handing gradients to `sink` while the pass goes on. With
+    /// `deferred`, gradients of weight matrices are queued there instead of computed.
+    ///
+    /// # Errors
+    /// [`Error::Backward`] for a tensor that is not a scalar, has no graph, or whose graph was
+    /// consumed by an earlier pass.
+    pub fn backward_into(
+        &self,
+        sink: &mut dyn GradSink,
+        deferred: Option<&mut Deferred>,
+    ) -> Result<()> {
+        if self.len() != 1 {
+            return Err(Error::Backward(format!(
+                "starts from a scalar, not from shape {:?}; reduce it with sum()",
+                self.shape()
+            )));
+        }
+        if !self.requires_grad() {
+            return Err(Error::Backward(
+                "the loss depends on no trainable parameter, or was computed under no_grad".into(),
+            ));
+        }
+        let one = Tensor::from_slice(self.scope(), &[1.0f32], self.shape(), self.layout().dual())?;
+        let seed = no_grad(|| one.to_dtype(self.dtype()))?;
+        run(self, seed, sink, deferred)
+    }
+}
+
+fn run(
+    root: &Tensor,
+    seed: Tensor,
+    sink: &mut dyn GradSink,
+    deferred: Option<&mut Deferred>,
+) -> Result<()> {
+    let mut pass = Backward {
+        sink,
+        deferred,
+        pending: BTreeMap::new(),
+        uses: HashMap::new(),
+        inputs: vec![root.edge().clone()],
+    };
+    count_uses(root.edge(), &mut pass.uses);
+    pass.give(0, seed)?;
+    no_grad(|| {
+        while let Some((_, (node, grad))) = pass.pending.pop_last() {
+            let Some(backward) = node.backward.lock().take() else {
+                return Err(Error::Backward(format!(
+                    "the graph was consumed by an earlier pass (at {})",
+                    node.op
+                )));
+            };
+            pass.inputs.clone_from(&node.inputs);
+            backward(grad, &mut pass)?;
+            for param in node.leaves() {
+                let Some(left) = pass.uses.get_mut(&param.id()) else { continue };
+                *left -= 1;
+                if *left > 0 {
+                    continue;
+                }
+                // The last use: complete now, or when the queued part has been computed.
+                let queued = pass.deferred.as_mut().and_then(|d| {
+                    d.0.iter_mut().rev().find(|job| job.param.id() == param.id())
+                });
+                match queued {
+                    Some(job) => job.last = true,
+                    None => pass.sink.complete(param)?,
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Counts, for each parameter, the nodes that use it.
+fn count_uses(root: &Edge, uses: &mut HashMap<ParamId, usize>) {
+    let mut seen = std::collections::HashSet::new();
+    let mut stack = vec![root.clone()];
+    while let Some(edge) = stack.pop() {
+        match edge {
+            Edge::None => {}
+            Edge::Leaf(p) => *uses.entry(p.id()).or_default() += 1,
+            Edge::Node(node) => {
+                if seen.insert(node.id) {
+                    stack.extend(node.inputs.iter().cloned());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! Attention without the s×s matrix (FlashAttention; Dao et al., 2022), and its KV cache.
+
+use std::sync::Arc;
+
+use colossal_kernels as kernels;
+use colossal_kernels::AttentionShape;
+
+use super::{produce, same_dtype};
+use crate::autograd::record;
+use crate::dtype::{Dtype, float};
+use crate::error::{Error, Result};
+use crate::propagate::{self, propagate};
+use crate::storage::Buffer;
+use crate::tensor::Tensor;
+
+/// Which keys a query sees.
+#[derive(Debug, Clone, Default)]
+pub struct AttentionMask {
+    /// Only keys at or before the query's own position.
+    pub causal: bool,
+    /// Only the last this many keys (with `causal`).
+    pub window: Option<usize>,
+    /// The number of real tokens of each sequence; what follows is padding.
+    pub lengths: Option<Arc<Vec<i32>>>,
+}
+
+impl AttentionMask {
+    /// Causal, everything real.
+    pub fn causal() -> AttentionMask {
+        AttentionMask { causal: true, ..AttentionMask::default() }
+    }
+}
+
+impl Tensor {
+    /// Scaled dot-product attention: `self` are queries `[batch, seq, heads, head_dim]`, `k` and
+    /// `v` are `[batch, seq, kv_heads, head_dim]`; `kv_heads` divides `heads` (grouped queries).
+    pub fn attention(&self, k: &Tensor, v: &Tensor, mask: &AttentionMask) -> Result<Tensor> {
+        let (batch, q_len, heads, head_dim) = four("attention", self)?;
+        let (kb, kv_len, kv_heads, kd) = four("attention", k)?;
+        if k.shape() != v.shape() || kb != batch || kd != head_dim || heads % kv_heads != 0 {
+            let reason = "equal batch and head size, k and v of one shape, kv_heads divides heads";
+            return Err(Error::shape("attention", self.shape(), k.shape(), reason));
+        }
+        same_dtype("attention", self, k)?;
+        same_dtype("attention", self, v)?;
+        let layout = propagate("attention", &[self, k, v], propagate::attention)?;
+        let sizes = [batch, q_len, kv_len, heads, kv_heads, head_dim];
+        let mut lse = Buffer::new::<f32>(if self.scope().is_fake() { 0 } else { batch * heads * q_len });
+        let out = produce(self.scope(), self.shape(), self.dtype(), layout, |out| {
+            float!("attention", self.dtype(), T => {
+                let (q, k, v) = (self.read::<T>()?, k.read::<T>()?, v.read::<T>()?);
+                kernels::flash_attention(
+                    &shape(sizes, mask),
+                    q.as_slice::<T>(),
+                    k.as_slice::<T>(),
+                    v.as_slice::<T>(),
+                    out.as_mut_slice::<T>(),
+                    lse.as_mut_slice(),
+                );
+                Ok(())
+            })
+        })?;
+        let (q, k_saved, v_saved) = (self.detach(), k.detach(), v.detach());
+        let (saved, mask) = (out.clone(), mask.clone());
+        Ok(record("attention", out, &[self, k, v], move |dout, back| {
+            let (scope, dtype, layout) = (dout.scope().clone(), dout.dtype(), dout.layout());
+            let mut dk = Buffer::with_bytes(k_saved.len() * dtype.bytes());
+            let mut dv = Buffer::with_bytes(v_saved.len() * dtype.bytes());
+            let dq = produce(&scope, q.shape(), dtype, layout, |dq| {
+                float!("attention", dtype, T => {
+                    kernels::flash_attention_backward(
+                        &shape(sizes, &mask),
+                        q.read::<T>()?.as_slice::<T>(),
+                        k_saved.read::<T>()?.as_slice::<T>(),
+                        v_saved.read::<T>()?.as_slice::<T>(),
+                        saved.read::<T>()?.as_slice::<T>(),
+                        lse.as_slice(),
+                        dout.read::<T>()?.as_slice::<T>(),
+                        dq.as_mut_slice::<T>(),
+                        dk.as_mut_slice::<T>(),
+                        dv.as_mut_slice::<T>(),
+                    );
+                    Ok(())
+                })
+            })?;
+            back.give(2, Tensor::wrap(&scope, dv, v_saved.shape(), dtype, layout))?;
+            back.give(1, Tensor::wrap(&scope, dk, k_saved.shape(), dtype, layout))?;
+            back.give(0, dq)
+        }))
+    }
+}
+
+fn shape(sizes: [usize; 6], mask: &AttentionMask) -> AttentionShape<'_> {
+    let [batch, q_len, kv_len, heads, kv_heads, head_dim] = sizes;
+    let lengths = mask.lengths.as_ref().map(|l| l.as_slice());
+    AttentionShape {
+        causal: mask.causal,
+        window: mask.window,
+        q_lens: lengths,
+        kv_lens: lengths,
+        ..AttentionShape::new(batch, q_len, kv_len, heads, kv_heads, head_dim)
+    }
+}
+
+fn four(op: &'static str, x: &Tensor) -> Result<(usize, usize, usize, usize)> {
+    match *x.shape() {
+        [b, s, h, d] => Ok((b, s, h, d)),
+        _ => Err(Error::shape(op, x.shape(), &[], "needs [batch, seq, heads, head_dim]")),
+    }
+}
+
+/// Keys and values of the tokens seen so far, per layer: `[batch, capacity, kv_heads, head_dim]`.
+///
+/// Sequences of unequal length sit side by side, each packed from the start, without padding.
+#[derive(Debug)]
+pub struct KvCache {
+    layers: Vec<Option<(Buffer, Buffer)>>,
+    lengths: Vec<i32>,
+    capacity: usize,
+}
+
+impl KvCache {
+    /// An empty cache for `batch` sequences of at most `capacity` tokens in `layers` layers.
+    pub fn new(layers: usize, batch: usize, capacity: usize) -> KvCache {
+        let layers = (0..layers).map(|_| None).collect();
+        KvCache { layers, lengths: vec![0; batch], capacity }
+    }
+
+    /// Tokens held for each sequence.
+    pub fn lengths(&self) -> &[i32] {
+        &self.lengths
+    }
+
+    /// Tokens it has room for, per sequence.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// After every layer has attended: these many tokens were added to each sequence.
+    pub fn advance(&mut self, added: &[i32]) {
+        self.lengths.iter_mut().zip(added).for_each(|(l, a)| *l += a);
+    }
+
+    /// Keeps only the sequences at `rows`, in that order: finished ones leave the batch.
+    pub fn keep(&mut self, rows: &[usize]) {
+        let batch = self.lengths.len();
+        for (k, v) in self.layers.iter_mut().flatten() {
+            for buffer in [k, v] {
+                let row = buffer.bytes() / batch.max(1);
+                let mut kept = Buffer::with_bytes(row * rows.len());
+                let to = kept.as_mut_slice::<u8>().chunks_mut(row.max(1));
+                for (to, from) in to.zip(rows) {
+                    to.copy_from_slice(&buffer.as_slice::<u8>()[from * row..(from + 1) * row]);
+                }
+                *buffer = kept;
+            }
+        }
+        self.lengths = rows.iter().map(|r| self.lengths[*r]).collect();
+    }
+
+    /// Adds the first `added[b]` of the new tokens of each sequence to `layer`, and attends from
+    /// their queries to everything held, causally. No gradient.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when a sequence would outgrow the capacity.
+    pub fn attend(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        added: &[i32],
+        window: Option<usize>,
+    ) -> Result<Tensor> {
+        let (batch, q_len, heads, head_dim) = four("kv_cache", q)?;
+        let (_, _, kv_heads, _) = four("kv_cache", k)?;
+        if k.shape() != v.shape() || k.shape()[..2] != q.shape()[..2] || added.len() != batch {
+            return Err(Error::shape("kv_cache", q.shape(), k.shape(), "q, k, v of the same tokens"));
+        }
+        let layout = propagate("attention", &[q, k, v], propagate::attention)?;
+        let row = kv_heads * head_dim;
+        let total: Vec<i32> = self.lengths.iter().zip(added).map(|(l, a)| l + a).collect();
+        let longest = total.iter().copied().max().unwrap_or(0) as usize;
+        if longest > self.capacity || self.lengths.len() != batch {
+            let right = [self.lengths.len(), self.capacity];
+            let reason = "the cache is too small; make it for prompt + new tokens";
+            return Err(Error::shape("kv_cache", &[batch, longest], &right, reason));
+        }
+        let slot = self
+            .layers
+            .get_mut(layer)
+            .ok_or_else(|| Error::Other(format!("kv_cache: made for fewer layers than {layer}")))?;
+        let stride = self.capacity * row;
+        produce(q.scope(), q.shape(), q.dtype(), layout, |out| {
+            float!("kv_cache", q.dtype(), T => {
+                let (kc, vc) = slot.get_or_insert_with(|| {
+                    (Buffer::zeros::<T>(batch * stride), Buffer::zeros::<T>(batch * stride))
+                });
+                for (cache, new) in [(&mut *kc, k), (&mut *vc, v)] {
+                    let (cache, new) = (cache.as_mut_slice::<T>(), new.read::<T>()?);
+                    for b in 0..batch {
+                        let to = b * stride + self.lengths[b] as usize * row;
+                        let from = b * q_len * row;
+                        let len = added[b] as usize * row;
+                        cache[to..to + len].copy_from_slice(&new.as_slice::<T>()[from..from + len]);
+                    }
+                }
+                let shape = AttentionShape {
+                    causal: true,
+                    window,
+                    q_lens: Some(added),
+                    kv_lens: Some(&total),
+                    kv_batch_stride: stride,
+                    ..AttentionShape::new(batch, q_len, longest, heads, kv_heads, head_dim)
+                };
+                let mut lse = Buffer::new::<f32>(batch * heads * q_len);
+                kernels::flash_attention(
+                    &shape,
+                    q.read::<T>()?.as_slice::<T>(),
+                    kc.as_slice::<T>(),
+                    vc.as_slice::<T>(),
+                    out.as_mut_slice::<T>(),
+                    lse.as_mut_slice(),
+                );
+                Ok(())
+            })
+        })
+    }
+
+    /// Bytes of one layer's cache for a model, for planning.
+    pub fn bytes(batch: usize, capacity: usize, kv_heads: usize, head_dim: usize, dtype: Dtype) -> usize {
+        2 * batch * capacity * kv_heads * head_dim * dtype.bytes()
+    }
+}

@@ -1,0 +1,150 @@
+//! Softmax cross-entropy over the vocabulary; calls `comm` when the vocabulary is sharded.
+//!
+//! Per token `loss = logsumexp(logits) - logits[target]`. Over a sharded vocabulary three numbers
+//! a token are reduced: the maximum, the sum of exponentials, the target's logit. The backward
+//! pass turns the logits into their gradient in place.
+
+use colossal_comm::ReduceOp;
+use colossal_kernels as kernels;
+
+use super::produce;
+use crate::autograd::{Edge, is_grad_enabled, record_edges};
+use crate::dtype::{Dtype, float};
+use crate::error::{Error, Result, comm};
+use crate::placement::Placement;
+use crate::propagate::propagate;
+use crate::storage::Buffer;
+use crate::tensor::Tensor;
+
+/// Targets with this value have no loss (PyTorch's convention).
+pub const IGNORE: i32 = -100;
+
+impl Tensor {
+    /// The loss of each token, in f32: `logits [.., vocab]`, `targets [..]` of `i32`.
+    /// A target of -100 is ignored: its loss is 0.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when shapes do not fit, [`Error::Other`] for a target outside the vocabulary.
+    pub fn cross_entropy(self, targets: &Tensor) -> Result<Tensor> {
+        let Some((&vocab, outer)) = self.shape().split_last() else {
+            let reason = "logits are [.., vocab]";
+            return Err(Error::shape("cross_entropy", self.shape(), targets.shape(), reason));
+        };
+        if outer != targets.shape() {
+            let reason = "one target per row of logits";
+            return Err(Error::shape("cross_entropy", self.shape(), targets.shape(), reason));
+        }
+        if targets.dtype() != Dtype::I32 {
+            return Err(Error::Dtype { op: "cross_entropy", left: targets.dtype(), right: Dtype::I32 });
+        }
+        let last = outer.len();
+        let layout = propagate("cross_entropy", &[&self, targets], |p| match (p[0], p[1]) {
+            // Targets have no gradient: Invariant and Replicate targets are the same.
+            (Placement::Shard(d), Placement::Invariant | Placement::Replicate) if d == last => {
+                Some(Placement::Invariant)
+            }
+            (Placement::Shard(d), Placement::Shard(e)) if d == e && d < last => Some(Placement::Shard(d)),
+            (Placement::Invariant, Placement::Invariant | Placement::Replicate) => {
+                Some(Placement::Invariant)
+            }
+            _ => None,
+        })?;
+        let scope = self.scope().clone();
+        let (outer, rows) = (outer.to_vec(), self.rows());
+        if scope.is_fake() {
+            return Ok(Tensor::pretend(&scope, &outer, Dtype::F32, layout));
+        }
+        let sharded: Vec<usize> = scope
+            .wide_axes()
+            .filter(|axis| self.layout()[*axis] == Placement::Shard(last))
+            .collect();
+        let global = self.global_shape()[last];
+        let first = sharded.iter().fold(0, |first, axis| first + scope.coord(*axis) * vocab) as i32;
+        let mut targets = targets.to_vec_of::<i32>()?;
+        if let Some(bad) = targets.iter().find(|t| **t != IGNORE && (**t < 0 || **t as usize >= global)) {
+            return Err(Error::Other(format!(
+                "cross_entropy: target {bad} is outside the vocabulary of {global}; \
+                 mark tokens without loss with {IGNORE}"
+            )));
+        }
+        let mut loss = Buffer::new::<f32>(rows);
+        let mut lse = Buffer::new::<f32>(rows);
+        float!("cross_entropy", self.dtype(), T => {
+            let logits = self.read::<T>()?;
+            let logits = logits.as_slice::<T>();
+            match sharded[..] {
+                [] => {
+                    let (loss, lse) = (loss.as_mut_slice(), lse.as_mut_slice());
+                    kernels::cross_entropy(logits, &targets, vocab, IGNORE, loss, lse);
+                }
+                [axis] => {
+                    let group = scope.mesh().group(&scope.axis(axis).0).map_err(comm)?;
+                    let max = loss.as_mut_slice::<f32>();
+                    let sum = lse.as_mut_slice::<f32>();
+                    kernels::logits_stats(logits, vocab, max, sum);
+                    let local_max = max.to_vec();
+                    group.all_reduce(max, ReduceOp::Max).map_err(comm)?;
+                    // Sum of exponentials, then the target's logit, in one message.
+                    let mut message: Vec<f32> = vec![0.0; 2 * rows];
+                    for row in 0..rows {
+                        message[row] = sum[row] * (local_max[row] - max[row]).exp();
+                        let target = targets[row] - first;
+                        if targets[row] != IGNORE && (0..vocab as i32).contains(&target) {
+                            use colossal_kernels::Float;
+                            message[rows + row] =
+                                <T as Float>::to_f32(logits[row * vocab + target as usize]);
+                        }
+                    }
+                    group.all_reduce(&mut message, ReduceOp::Sum).map_err(comm)?;
+                    for row in 0..rows {
+                        sum[row] = max[row] + message[row].ln();
+                        max[row] = match targets[row] {
+                            IGNORE => 0.0,
+                            _ => sum[row] - message[rows + row],
+                        };
+                    }
+                    // A target on another rank: softmax only, no one-hot term here.
+                    for t in targets.iter_mut().filter(|t| **t != IGNORE) {
+                        let local = *t - first;
+                        *t = if (0..vocab as i32).contains(&local) { local } else { kernels::ELSEWHERE };
+                    }
+                }
+                _ => {
+                    return Err(Error::Other(
+                        "cross_entropy: the vocabulary may be sharded along one axis only".into(),
+                    ));
+                }
+            }
+            Ok(())
+        })?;
+        let y = produce(&scope, &outer, Dtype::F32, layout, |y| {
+            std::mem::swap(y, &mut loss);
+            Ok(())
+        })?;
+        if !self.requires_grad() {
+            return Ok(y);
+        }
+        let (shape, dtype, grad_layout) = (self.shape().to_vec(), self.dtype(), self.layout().dual());
+        // The logits are consumed: when the caller kept no other handle, backward overwrites them.
+        let edges = vec![self.edge().clone()];
+        let saved = self.with_edge(Edge::None);
+        if !is_grad_enabled() {
+            return Ok(y);
+        }
+        Ok(record_edges("cross_entropy", y, edges, move |dloss, back| {
+            let mut grad = saved.into_buffer()?;
+            float!("cross_entropy", dtype, T => {
+                kernels::cross_entropy_backward(
+                    dloss.read::<f32>()?.as_slice::<f32>(),
+                    &targets,
+                    vocab,
+                    IGNORE,
+                    lse.as_slice(),
+                    grad.as_mut_slice::<T>(),
+                );
+                Ok(())
+            })?;
+            back.give(0, Tensor::wrap(&scope, grad, &shape, dtype, grad_layout))
+        }))
+    }
+}

@@ -1,0 +1,77 @@
+//! Dropout whose mask is a function of the seed and the position in the whole tensor.
+//!
+//! Nothing is saved: backward draws the same mask again. Every plan drops the same elements.
+
+use super::produce;
+use crate::autograd::record;
+use crate::dtype::float;
+use crate::error::{Error, Result};
+use crate::placement::{Layout, Placement};
+use crate::random::Stream;
+use crate::tensor::Tensor;
+
+impl Tensor {
+    /// Zeroes each element with probability `p` and scales the others by `1 / (1 - p)`.
+    ///
+    /// # Errors
+    /// Unless `0 <= p < 1`; [`Error::Layout`] for a pending sum.
+    pub fn dropout(&self, p: f32, stream: Stream) -> Result<Tensor> {
+        if !(0.0..1.0).contains(&p) {
+            return Err(Error::Other(format!("dropout: p must be in [0, 1), not {p}")));
+        }
+        if p == 0.0 {
+            return Ok(self.clone());
+        }
+        let op = "dropout";
+        let layout = crate::propagate::propagate(op, &[self], crate::propagate::elementwise)?;
+        // Positions follow the forward layout: in backward a Replicate has become a Partial.
+        let placed = self.layout();
+        let y = mask(self, p, stream, placed, layout)?;
+        Ok(record(op, y, &[self], move |dy, back| {
+            back.give(0, mask(&dy, p, stream, placed, dy.layout())?)
+        }))
+    }
+}
+
+fn mask(x: &Tensor, p: f32, stream: Stream, placed: Layout, layout: Layout) -> Result<Tensor> {
+    let scope = x.scope();
+    // Global size and this rank's first index, per dim.
+    let mut global = x.shape().to_vec();
+    let mut first = vec![0; global.len()];
+    for axis in scope.wide_axes() {
+        if let Placement::Shard(dim) = placed[axis] {
+            first[dim] += scope.coord(axis) * x.shape()[dim];
+            global[dim] *= scope.axis(axis).1;
+        }
+    }
+    let width = x.last_dim();
+    produce(scope, x.shape(), x.dtype(), layout, |y| {
+        float!("dropout", x.dtype(), T => {
+            use colossal_kernels::Float;
+            let values = x.read::<T>()?;
+            let rows = values.as_slice::<T>().chunks(width).zip(y.as_mut_slice::<T>().chunks_mut(width));
+            let keep = 1.0 / (1.0 - p);
+            for (row, (x_row, y_row)) in rows.enumerate() {
+                let base = global_index(row, x.shape(), &global, &first);
+                for (i, (v, out)) in x_row.iter().zip(y_row).enumerate() {
+                    let dropped = stream.uniform((base + i) as u64) < f64::from(p);
+                    let scaled = if dropped { 0.0 } else { <T as Float>::to_f32(*v) * keep };
+                    *out = <T as Float>::from_f32(scaled);
+                }
+            }
+            Ok(())
+        })
+    })
+}
+
+/// The position in the whole tensor of the first element of local row `row`.
+fn global_index(mut row: usize, shape: &[usize], global: &[usize], first: &[usize]) -> usize {
+    let Some(last) = shape.len().checked_sub(1) else { return 0 };
+    let (mut index, mut stride) = (first[last], global[last]);
+    for dim in (0..last).rev() {
+        index += (first[dim] + row % shape[dim]) * stride;
+        row /= shape[dim];
+        stride *= global[dim];
+    }
+    index
+}

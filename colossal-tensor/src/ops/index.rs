@@ -1,0 +1,117 @@
+//! Rows by index: embeddings, and the last token of each sequence.
+
+use std::sync::Arc;
+
+use colossal_kernels as kernels;
+
+use super::produce;
+use crate::autograd::{Weight, record};
+use crate::dtype::{Dtype, any, float};
+use crate::error::{Error, Result};
+use crate::placement::Placement;
+use crate::propagate::{self, propagate};
+use crate::tensor::Tensor;
+
+/// The ids of an `i32` tensor, checked to lie in `0..limit`.
+pub(crate) fn token_ids(ids: &Tensor, limit: usize) -> Result<Vec<i32>> {
+    let ids = ids.to_vec_of::<i32>()?;
+    match ids.iter().find(|id| **id < 0 || **id as usize >= limit) {
+        None => Ok(ids),
+        Some(bad) => Err(Error::Other(format!(
+            "embedding: id {bad} is outside 0..{limit}; is this the model's tokenizer?"
+        ))),
+    }
+}
+
+impl Tensor {
+    /// Rows of `table [vocab, embed]` by ids `[..]`: `[.., embed]`. With the table's rows sharded
+    /// the result is a pending sum, of which each rank contributes the rows it holds.
+    pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+        let &[rows, dim] = table.shape() else {
+            let reason = "the table is [vocab, embed]";
+            return Err(Error::shape("embedding", table.shape(), ids.shape(), reason));
+        };
+        if ids.dtype() != Dtype::I32 {
+            return Err(Error::Dtype { op: "embedding", left: ids.dtype(), right: Dtype::I32 });
+        }
+        let layout = propagate("embedding", &[ids, table], propagate::embedding)?;
+        let shape = [ids.shape(), &[dim]].concat();
+        // Ids relative to this rank's rows; the kernel skips those outside.
+        let local = if table.scope().is_fake() {
+            Arc::new(vec![])
+        } else {
+            let mut local = token_ids(ids, table.global_shape()[0])?;
+            let first = table.first_row() as i32;
+            local.iter_mut().for_each(|id| *id -= first);
+            Arc::new(local)
+        };
+        let y = produce(table.scope(), &shape, table.dtype(), layout, |y| {
+            float!("embedding", table.dtype(), T => {
+                let table = table.read::<T>()?;
+                kernels::embedding(&local, table.as_slice::<T>(), dim, y.as_mut_slice::<T>());
+                Ok(())
+            })
+        })?;
+        let like = Weight::like(table);
+        debug_assert!(rows > 0 || table.is_empty());
+        Ok(record("embedding", y, &[table], move |dy, back| {
+            back.weight(0, &like, move |acc| {
+                float!("embedding", dy.dtype(), T => {
+                    kernels::embedding_backward(&local, dy.read::<T>()?.as_slice::<T>(), dim, acc);
+                    Ok(())
+                })
+            })
+        }))
+    }
+
+    /// The index of this rank's first row (dim 0) in the whole tensor.
+    pub(crate) fn first_row(&self) -> usize {
+        self.scope()
+            .wide_axes()
+            .filter(|axis| self.layout()[*axis] == Placement::Shard(0))
+            .fold(0, |first, axis| first + self.scope().coord(axis) * self.shape()[0])
+    }
+
+    /// One row per sequence: `x [batch, seq, dim]` at `index[b]` gives `[batch, dim]`.
+    pub fn take_rows(&self, index: &[usize]) -> Result<Tensor> {
+        let &[batch, seq, dim] = self.shape() else {
+            return Err(Error::shape("take_rows", self.shape(), &[index.len()], "x is [batch, seq, dim]"));
+        };
+        if index.len() != batch || index.iter().any(|i| *i >= seq) {
+            let reason = "one index within seq per sequence";
+            return Err(Error::shape("take_rows", self.shape(), &[index.len()], reason));
+        }
+        let layout = propagate("take_rows", &[self], |p| match p[0] {
+            Placement::Shard(1) => None,
+            Placement::Shard(2) => Some(Placement::Shard(1)),
+            other => Some(other),
+        })?;
+        let y = produce(self.scope(), &[batch, dim], self.dtype(), layout, |y| {
+            any!(self.dtype(), T => {
+                let x = self.read::<T>()?;
+                for (b, (row, i)) in y.as_mut_slice::<T>().chunks_mut(dim).zip(index).enumerate() {
+                    let at = (b * seq + i) * dim;
+                    row.copy_from_slice(&x.as_slice::<T>()[at..at + dim]);
+                }
+                Ok(())
+            })
+        })?;
+        let (scope, shape) = (self.scope().clone(), self.shape().to_vec());
+        let (dtype, layout, index) = (self.dtype(), self.layout().dual(), index.to_vec());
+        Ok(record("take_rows", y, &[self], move |dy, back| {
+            let dx = produce(&scope, &shape, dtype, layout, |dx| {
+                any!(dtype, T => {
+                    let dx = dx.as_mut_slice::<T>();
+                    dx.fill(bytemuck::Zeroable::zeroed());
+                    let dy = dy.read::<T>()?;
+                    for (b, (row, i)) in dy.as_slice::<T>().chunks(dim).zip(&index).enumerate() {
+                        let at = (b * seq + i) * dim;
+                        dx[at..at + dim].copy_from_slice(row);
+                    }
+                    Ok(())
+                })
+            })?;
+            back.give(0, dx)
+        }))
+    }
+}

@@ -1,0 +1,132 @@
+//! Matrix products.
+
+use colossal_kernels as kernels;
+use colossal_kernels::{Epilogue, Mat, MatMut};
+
+use super::{produce, same_dtype};
+use crate::autograd::{Weight, record};
+use crate::dtype::float;
+use crate::error::{Error, Result};
+use crate::propagate::{self, propagate};
+use crate::tensor::Tensor;
+
+impl Tensor {
+    /// `x wᵀ + bias`, with `x [.., in]`, `weight [out, in]`, `bias [out]`.
+    ///
+    /// The gradient of the weight is a product of its own that can be deferred.
+    pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let (k, &[n, wk]) = (self.last_dim(), weight.shape()) else {
+            return Err(Error::shape("linear", self.shape(), weight.shape(), "weight is [out, in]"));
+        };
+        if k != wk || self.shape().is_empty() {
+            let reason = "the last dim of x must equal the last dim of the weight";
+            return Err(Error::shape("linear", self.shape(), weight.shape(), reason));
+        }
+        same_dtype("linear", self, weight)?;
+        let last = self.shape().len() - 1;
+        let mut layout = propagate("linear", &[self, weight], propagate::linear(last))?;
+        if let Some(bias) = bias {
+            same_dtype("linear bias", weight, bias)?;
+            if bias.shape() != [n] {
+                return Err(Error::shape("linear bias", bias.shape(), &[n], "bias is [out]"));
+            }
+            let y = self.rewrap(self.shape(), layout, 0, crate::autograd::Edge::None);
+            layout = propagate("linear bias", &[&y, bias], propagate::bias(last))?;
+        }
+        let m = self.rows();
+        let mut shape = self.shape().to_vec();
+        shape[last] = n;
+        let y = produce(self.scope(), &shape, self.dtype(), layout, |y| {
+            float!("linear", self.dtype(), T => {
+                let (x, w) = (self.read::<T>()?, weight.read::<T>()?);
+                let b = bias.map(|b| b.read::<T>()).transpose()?;
+                let epilogue = Epilogue { bias: b.as_ref().map(|b| b.as_slice()), ..Epilogue::default() };
+                kernels::gemm(
+                    Mat::new(x.as_slice::<T>(), m, k),
+                    Mat::new(w.as_slice::<T>(), n, k).t(),
+                    MatMut::new(y.as_mut_slice::<T>(), m, n),
+                    &epilogue,
+                );
+                Ok(())
+            })
+        })?;
+        let (x, w) = (self.detach(), weight.detach());
+        let (like_w, like_b) = (Weight::like(weight), bias.map(Weight::like));
+        let mut inputs = vec![self, weight];
+        inputs.extend(bias);
+        Ok(record("linear", y, &inputs, move |dy, back| {
+            if back.wants(0) {
+                let layout = x.layout().dual();
+                let dx = produce(x.scope(), x.shape(), x.dtype(), layout, |dx| {
+                    float!("linear", dy.dtype(), T => {
+                        let (dy, w) = (dy.read::<T>()?, w.read::<T>()?);
+                        kernels::gemm(
+                            Mat::new(dy.as_slice::<T>(), m, n),
+                            Mat::new(w.as_slice::<T>(), n, k),
+                            MatMut::new(dx.as_mut_slice::<T>(), m, k),
+                            &Epilogue::default(),
+                        );
+                        Ok(())
+                    })
+                })?;
+                back.give(0, dx)?;
+            }
+            drop(w);
+            if let Some(like) = &like_b
+                && back.wants(2)
+            {
+                let dy = dy.clone();
+                back.weight(2, like, move |db| {
+                    float!("linear", dy.dtype(), T => {
+                        kernels::sum_rows(dy.read::<T>()?.as_slice::<T>(), n, db);
+                        Ok(())
+                    })
+                })?;
+            }
+            if back.wants(1) {
+                back.weight(1, &like_w, move |dw| {
+                    float!("linear", dy.dtype(), T => {
+                        let (dy, x) = (dy.read::<T>()?, x.read::<T>()?);
+                        kernels::gemm(
+                            Mat::new(dy.as_slice::<T>(), m, n).t(),
+                            Mat::new(x.as_slice::<T>(), m, k),
+                            MatMut::new(dw, n, k),
+                            &Epilogue { accumulate: true, ..Epilogue::default() },
+                        );
+                        Ok(())
+                    })
+                })?;
+            }
+            Ok(())
+        }))
+    }
+
+    /// `x + bias` with `bias [n]` along the last dim.
+    pub fn add_bias(&self, bias: &Tensor) -> Result<Tensor> {
+        let n = self.last_dim();
+        if bias.shape() != [n] || self.shape().is_empty() {
+            return Err(Error::shape("add_bias", self.shape(), bias.shape(), "bias is [last dim]"));
+        }
+        same_dtype("add_bias", self, bias)?;
+        let last = self.shape().len() - 1;
+        let layout = propagate("add_bias", &[self, bias], propagate::bias(last))?;
+        let y = produce(self.scope(), self.shape(), self.dtype(), layout, |y| {
+            float!("add_bias", self.dtype(), T => {
+                let (x, b) = (self.read::<T>()?, bias.read::<T>()?);
+                kernels::add_bias(x.as_slice::<T>(), b.as_slice::<T>(), y.as_mut_slice::<T>());
+                Ok(())
+            })
+        })?;
+        let like = Weight::like(bias);
+        Ok(record("add_bias", y, &[self, bias], move |dy, back| {
+            let rows = dy.clone();
+            back.weight(1, &like, move |db| {
+                float!("add_bias", rows.dtype(), T => {
+                    kernels::sum_rows(rows.read::<T>()?.as_slice::<T>(), n, db);
+                    Ok(())
+                })
+            })?;
+            back.give(0, dy)
+        }))
+    }
+}

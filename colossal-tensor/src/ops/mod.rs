@@ -1,0 +1,57 @@
+//! The ops a model is written in: a layout rule, a kernel, and a backward that consumes.
+
+mod attention;
+mod cross_entropy;
+mod dropout;
+mod elementwise;
+mod external;
+mod index;
+mod matmul;
+mod norm;
+mod reduce;
+mod reshape;
+mod rope;
+
+pub use cross_entropy::IGNORE;
+pub use attention::{AttentionMask, KvCache};
+pub use rope::RopeTable;
+
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::placement::Layout;
+use crate::storage::Buffer;
+use crate::tensor::{Scope, Tensor};
+
+/// A new tensor filled by `fill`, or a pretended one on a pretended mesh.
+pub(crate) fn produce(
+    scope: &Scope,
+    shape: &[usize],
+    dtype: Dtype,
+    layout: Layout,
+    fill: impl FnOnce(&mut Buffer) -> Result<()>,
+) -> Result<Tensor> {
+    if scope.is_fake() {
+        return Ok(Tensor::pretend(scope, shape, dtype, layout));
+    }
+    let mut buffer = Buffer::with_bytes(shape.iter().product::<usize>() * dtype.bytes());
+    fill(&mut buffer)?;
+    Ok(Tensor::wrap(scope, buffer, shape, dtype, layout))
+}
+
+/// Refuses operands of different dtypes.
+pub(crate) fn same_dtype(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
+    if a.dtype() == b.dtype() {
+        Ok(())
+    } else {
+        Err(Error::Dtype { op, left: a.dtype(), right: b.dtype() })
+    }
+}
+
+/// Refuses operands of different shapes.
+pub(crate) fn same_shape(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
+    if a.shape() == b.shape() {
+        Ok(())
+    } else {
+        Err(Error::shape(op, a.shape(), b.shape(), "shapes must be equal"))
+    }
+}

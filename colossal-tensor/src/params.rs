@@ -1,0 +1,401 @@
+//! Parameters: named, seeded, built already sharded, and reached only through a guard.
+//!
+//! A [`Param`] is a handle. Its payload lives in a [`Store`], which may gather it, move it or
+//! refuse it; [`Param::lease`] borrows it, and while the [`Lease`] lives the payload stays put
+//! (PatrickStar's `Compute`; dropping it is `Hold`). No op keeps a payload: backward closures
+//! keep the handle and borrow again.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::dtype::{Dtype, Element, float};
+use crate::error::{Error, Result};
+use crate::placement::{Dim, Layout, Placement};
+use crate::random;
+use crate::storage::Buffer;
+use crate::tensor::{Scope, Tensor};
+
+/// Identity of a parameter within the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ParamId(u64);
+
+/// A named parameter of a model: this rank's part of it.
+#[derive(Debug)]
+pub struct Param {
+    id: ParamId,
+    name: String,
+    scope: Scope,
+    dims: Vec<Dim>,
+    shape: Vec<usize>,
+    layout: Layout,
+    dtype: Dtype,
+    trainable: AtomicBool,
+    payload: RwLock<(Arc<dyn Store>, Range<usize>)>,
+}
+
+impl Param {
+    /// Its identity.
+    pub fn id(&self) -> ParamId {
+        self.id
+    }
+
+    /// Its full name, as `model.layers.0.mlp.up_proj.weight`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The shape of this rank's part.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The shape of the whole parameter.
+    pub fn global_shape(&self) -> Vec<usize> {
+        self.dims.iter().map(|d| d.size()).collect()
+    }
+
+    /// Its named dims.
+    pub fn dims(&self) -> &[Dim] {
+        &self.dims
+    }
+
+    /// Number of local elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Has it no local element?
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Its dtype.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Its placement.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The mesh it lives on.
+    pub fn scope(&self) -> &Scope {
+        &self.scope
+    }
+
+    /// Does it get gradients?
+    pub fn is_trainable(&self) -> bool {
+        self.trainable.load(Ordering::Relaxed)
+    }
+
+    /// Freezes or thaws it.
+    pub fn set_trainable(&self, on: bool) {
+        self.trainable.store(on, Ordering::Relaxed);
+    }
+
+    /// The parameter as a tensor: a leaf of the graph that holds this handle, not the payload.
+    pub fn tensor(self: &Arc<Self>) -> Tensor {
+        Tensor::of_param(self)
+    }
+
+    /// Borrows the payload.
+    pub fn lease(&self) -> Result<Lease> {
+        let (store, bytes) = self.payload.read().clone();
+        store.lease(bytes).map_err(|reason| Error::Param { name: self.name.clone(), reason })
+    }
+
+    /// Moves the payload to bytes `at` of another store, which must hold the same values.
+    pub fn rebind(&self, store: Arc<dyn Store>, at: Range<usize>) {
+        debug_assert_eq!(at.len(), self.len() * self.dtype.bytes());
+        *self.payload.write() = (store, at);
+    }
+
+    /// Overwrites the local part with `values`, converted to the parameter's dtype.
+    pub fn set(&self, values: &[f32]) -> Result<()> {
+        if values.len() != self.len() {
+            return Err(Error::shape("set", &[values.len()], &self.shape, "one value per element"));
+        }
+        let (store, bytes) = self.payload.read().clone();
+        let mut write = |out: &mut [u8]| {
+            let _ = float!("set", self.dtype, T => {
+                colossal_kernels::cast(values, bytemuck::cast_slice_mut::<u8, T>(out));
+                Ok(())
+            });
+        };
+        store
+            .update(bytes, &mut write)
+            .map_err(|reason| Error::Param { name: self.name.clone(), reason })
+    }
+
+    /// The local part in f32.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        let lease = self.lease()?;
+        let mut out = vec![0.0; self.len()];
+        float!("to_vec", self.dtype, T => {
+            colossal_kernels::cast(bytemuck::cast_slice::<u8, T>(lease.bytes()), &mut out);
+            Ok(out)
+        })
+    }
+
+    /// Cuts this rank's part out of the whole parameter (row-major, global shape).
+    pub fn shard_of<T: Element>(&self, whole: &[T]) -> Vec<T> {
+        let mut out = Vec::with_capacity(self.len());
+        self.for_each_run(|start, len| out.extend_from_slice(&whole[start..start + len]));
+        out
+    }
+
+    /// Calls `f(global_start, len)` for each contiguous run of the local part, in local order.
+    pub fn for_each_run(&self, mut f: impl FnMut(usize, usize)) {
+        let ranges = self.local_ranges();
+        let global = self.global_shape();
+        let Some((last, outer)) = ranges.split_last() else {
+            return f(0, 1);
+        };
+        let run = last.len();
+        let mut index: Vec<usize> = outer.iter().map(|r| r.start).collect();
+        if ranges.iter().any(|r| r.is_empty()) {
+            return;
+        }
+        loop {
+            let row = index.iter().zip(&global).fold(0, |acc, (i, n)| acc * n + i);
+            f(row * global[global.len() - 1] + last.start, run);
+            let mut dim = index.len();
+            loop {
+                if dim == 0 {
+                    return;
+                }
+                dim -= 1;
+                index[dim] += 1;
+                if index[dim] < outer[dim].end {
+                    break;
+                }
+                index[dim] = outer[dim].start;
+            }
+        }
+    }
+
+    /// This rank's range of every global dim.
+    pub fn local_ranges(&self) -> Vec<Range<usize>> {
+        let mut ranges: Vec<Range<usize>> = self.dims.iter().map(|d| 0..d.size()).collect();
+        for axis in self.scope.wide_axes() {
+            if let Placement::Shard(dim) = self.layout[axis] {
+                let part = ranges[dim].len() / self.scope.axis(axis).1;
+                let start = ranges[dim].start + part * self.scope.coord(axis);
+                ranges[dim] = start..start + part;
+            }
+        }
+        ranges
+    }
+}
+
+/// Where parameters' payloads live.
+pub trait Store: Send + Sync + std::fmt::Debug {
+    /// Borrows these bytes. They stay where they are until the lease is dropped.
+    fn lease(self: Arc<Self>, bytes: Range<usize>) -> Result<Lease, String>;
+
+    /// Lends these bytes for writing. Fails while any of them is leased.
+    fn update(&self, bytes: Range<usize>, write: &mut dyn FnMut(&mut [u8])) -> Result<(), String>;
+}
+
+/// A borrowed payload.
+pub struct Lease {
+    hold: Box<dyn Held>,
+    bytes: Range<usize>,
+}
+
+/// What keeps a payload in place.
+pub trait Held: Send {
+    /// The bytes that are held, of which a lease shows a range.
+    fn held(&self) -> &[u8];
+}
+
+impl Lease {
+    /// A lease on `bytes` of what `hold` keeps in place.
+    pub fn new(hold: impl Held + 'static, bytes: Range<usize>) -> Lease {
+        Lease { hold: Box::new(hold), bytes }
+    }
+
+    /// The payload.
+    pub fn bytes(&self) -> &[u8] {
+        &self.hold.held()[self.bytes.clone()]
+    }
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lease").field("bytes", &self.bytes).finish()
+    }
+}
+
+/// The plain store: one resident buffer, often of all parameters of a model.
+#[derive(Debug)]
+pub struct Flat(Arc<RwLock<Buffer>>);
+
+type ReadGuard = parking_lot::ArcRwLockReadGuard<parking_lot::RawRwLock, Buffer>;
+
+struct HeldFlat(ReadGuard);
+
+// SAFETY: parking_lot's guard is only `!Send` because of deadlock-detection builds; the lock is
+// released by value and may be released on any thread. We do not enable deadlock detection.
+unsafe impl Send for HeldFlat {}
+
+impl Held for HeldFlat {
+    fn held(&self) -> &[u8] {
+        self.0.as_slice()
+    }
+}
+
+impl Flat {
+    /// Keeps `buffer` resident.
+    pub fn new(buffer: Buffer) -> Arc<Flat> {
+        Arc::new(Flat(Arc::new(RwLock::new(buffer))))
+    }
+
+    /// Lends the whole buffer for writing: how an optimizer updates all parameters at once.
+    ///
+    /// # Errors
+    /// When a parameter is still leased, for instance by a tensor of a graph in use.
+    pub fn write<R>(&self, f: impl FnOnce(&mut Buffer) -> R) -> Result<R> {
+        let mut guard = self.0.try_write().ok_or_else(|| Error::Param {
+            name: "(flat)".into(),
+            reason: "its payload is in use; drop the values read from it first".into(),
+        })?;
+        Ok(f(&mut guard))
+    }
+
+    /// Lends the whole buffer for reading.
+    pub fn read<R>(&self, f: impl FnOnce(&Buffer) -> R) -> R {
+        f(&self.0.read())
+    }
+}
+
+impl Store for Flat {
+    fn lease(self: Arc<Self>, bytes: Range<usize>) -> Result<Lease, String> {
+        Ok(Lease::new(HeldFlat(RwLock::read_arc(&self.0)), bytes))
+    }
+
+    fn update(&self, bytes: Range<usize>, write: &mut dyn FnMut(&mut [u8])) -> Result<(), String> {
+        let mut guard =
+            self.0.try_write().ok_or("its payload is in use; drop the values read from it first")?;
+        write(&mut guard.as_mut_slice::<u8>()[bytes]);
+        Ok(())
+    }
+}
+
+/// How a parameter starts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Init {
+    /// Normal with mean 0 and this standard deviation.
+    Normal(f32),
+    /// The same value everywhere.
+    Constant(f32),
+}
+
+/// Builds the parameters of a model: a name prefix, a seed, a dtype, and the list of all made.
+///
+/// Values depend on the seed, the name and the position in the *whole* parameter, so a model
+/// starts from the same weights under every plan.
+#[derive(Debug, Clone)]
+pub struct Params {
+    scope: Scope,
+    seed: u64,
+    dtype: Dtype,
+    prefix: String,
+    made: Arc<Mutex<Vec<Arc<Param>>>>,
+}
+
+impl Params {
+    /// Parameters on this scope, drawn from this seed, held in this dtype.
+    pub fn new(scope: &Scope, seed: u64, dtype: Dtype) -> Params {
+        Params { scope: scope.clone(), seed, dtype, prefix: String::new(), made: Arc::default() }
+    }
+
+    /// The same builder below a name: `at("layers").at(3)` names `layers.3.…`.
+    pub fn at(&self, name: impl std::fmt::Display) -> Params {
+        let prefix = match self.prefix.as_str() {
+            "" => name.to_string(),
+            prefix => format!("{prefix}.{name}"),
+        };
+        Params { prefix, ..self.clone() }
+    }
+
+    /// The scope parameters are built on.
+    pub fn scope(&self) -> &Scope {
+        &self.scope
+    }
+
+    /// The dtype parameters are held in.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The seed.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// All parameters made so far, in order.
+    pub fn all(&self) -> Vec<Arc<Param>> {
+        self.made.lock().clone()
+    }
+
+    /// The parameter that was made under this full name: how a head is tied to an embedding.
+    ///
+    /// # Errors
+    /// [`Error::Param`] when there is none, for instance because another stage holds it.
+    pub fn get(&self, full_name: &str) -> Result<Arc<Param>> {
+        self.made.lock().iter().find(|p| p.name == full_name).cloned().ok_or_else(|| Error::Param {
+            name: full_name.into(),
+            reason: "is tied to but was not built; build the layer that owns it first".into(),
+        })
+    }
+
+    /// Makes the parameter `name` with these dims: only this rank's part of it exists.
+    ///
+    /// # Errors
+    /// [`Error::Divide`] if a sharded dim does not divide; [`Error::Param`] if the name is taken.
+    pub fn tensor(&self, name: &str, dims: &[Dim], init: Init) -> Result<Arc<Param>> {
+        let name = self.at(name).prefix;
+        let (layout, shape) = self.scope.sharding().parameter(&name, self.scope.mesh(), dims)?;
+        if self.made.lock().iter().any(|p| p.name == name) {
+            return Err(Error::Param { name, reason: "made twice; give each its own name".into() });
+        }
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let len: usize = if self.scope.is_fake() { 0 } else { shape.iter().product() };
+        let flat = Flat::new(Buffer::new::<u8>(len * self.dtype.bytes()));
+        let param = Arc::new(Param {
+            id: ParamId(NEXT.fetch_add(1, Ordering::Relaxed)),
+            name,
+            scope: self.scope.clone(),
+            dims: dims.to_vec(),
+            shape,
+            layout,
+            dtype: self.dtype,
+            trainable: AtomicBool::new(true),
+            payload: RwLock::new((flat, 0..len * self.dtype.bytes())),
+        });
+        if !self.scope.is_fake() {
+            param.set(&initial(&param, self.seed, init))?;
+        }
+        self.made.lock().push(param.clone());
+        Ok(param)
+    }
+}
+
+fn initial(param: &Param, seed: u64, init: Init) -> Vec<f32> {
+    match init {
+        Init::Constant(x) => vec![x; param.len()],
+        Init::Normal(std) => {
+            let stream = random::Stream::named(seed, param.name());
+            let mut values = Vec::with_capacity(param.len());
+            param.for_each_run(|start, len| {
+                values.extend((start..start + len).map(|i| std * stream.normal(i as u64)));
+            });
+            values
+        }
+    }
+}

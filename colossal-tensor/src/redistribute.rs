@@ -1,0 +1,221 @@
+//! Moving a tensor between placements: the only op of this crate that always communicates.
+//!
+//! | from, to | forward | backward | known as |
+//! | --- | --- | --- | --- |
+//! | Invariant, Replicate | nothing | all-reduce | Megatron's *f* |
+//! | Partial, Invariant | all-reduce | nothing | Megatron's *g* |
+//! | Shard(d), Replicate | all-gather | reduce-scatter | gather from sequence-parallel region |
+//! | Partial, Shard(d) | reduce-scatter | all-gather | reduce-scatter to it |
+//! | Shard(a), Shard(b) | all-to-all | all-to-all | Ulysses; FastFold's row/column switch |
+//! | Shard(d), Invariant | all-gather | slice | |
+//! | Replicate, Shard(d) | slice | pad with zeros | |
+//! | Invariant, Shard(d) | slice | all-gather | |
+//! | Partial, Replicate | all-reduce | all-reduce | |
+//! | Replicate, Invariant | nothing | divide | |
+//!
+//! There is no table of backwards in the code: the gradient of a move from `a` to `b` is the same
+//! function applied from `b.dual()` to `a.dual()`.
+
+use colossal_comm::{Group, ReduceOp};
+
+use crate::autograd::record;
+use crate::dtype::{Element, any};
+use crate::error::{Error, Result, comm};
+use crate::placement::Placement::{self, Invariant, Partial, Replicate, Shard};
+use crate::placement::{Layout, Region};
+use crate::storage::Buffer;
+use crate::tensor::Tensor;
+
+impl Tensor {
+    /// This tensor as the plan wants it in `region`. On one device it is the tensor itself.
+    pub fn redistribute(&self, region: Region) -> Result<Tensor> {
+        self.to_layout(self.scope().sharding().region(region))
+    }
+
+    /// This tensor with another placement along one named axis.
+    pub fn distribute(&self, axis: &str, to: Placement) -> Result<Tensor> {
+        let index = self.scope().mesh().axes().iter().position(|(name, _)| *name == axis);
+        let index = index.ok_or_else(|| {
+            let axes = self.scope().mesh().axes();
+            let names: Vec<_> = axes.iter().map(|(n, _)| n.to_string()).collect();
+            Error::Other(format!("distribute: no axis {axis}; the mesh has [{}]", names.join(", ")))
+        })?;
+        self.to_layout(self.layout().with(index, to))
+    }
+
+    /// This tensor under another layout, moved axis by axis.
+    pub fn to_layout(&self, to: Layout) -> Result<Tensor> {
+        let from = self.layout();
+        let moves: Vec<usize> = self.scope().wide_axes().filter(|a| from[*a] != to[*a]).collect();
+        if moves.is_empty() {
+            return Ok(self.clone());
+        }
+        let mut out = self.detach();
+        for axis in &moves {
+            out = shift(&out, *axis, to[*axis])?;
+        }
+        Ok(record("redistribute", out, &[self], move |grad, back| {
+            let mut grad = grad;
+            for axis in moves.iter().rev() {
+                grad = shift(&grad, *axis, from[*axis].dual())?;
+            }
+            back.give(0, grad)
+        }))
+    }
+}
+
+/// One move along one axis, without recording it.
+fn shift(x: &Tensor, axis: usize, to: Placement) -> Result<Tensor> {
+    let scope = x.scope().clone();
+    let (name, ranks) = scope.axis(axis);
+    let from = x.layout()[axis];
+    let layout = x.layout().with(axis, to);
+    let refuse = |reason| Error::Redistribute { axis: name.clone(), from, to, reason };
+    let split = |dim: usize| -> Result<Vec<usize>> {
+        let mut shape = x.shape().to_vec();
+        match shape.get_mut(dim) {
+            None => return Err(refuse("the tensor has no such dim")),
+            Some(size) if *size % ranks != 0 => {
+                return Err(Error::Divide {
+                    what: "redistribute".into(),
+                    dim,
+                    size: *size,
+                    axis: name.clone(),
+                    ranks,
+                });
+            }
+            Some(size) => *size /= ranks,
+        }
+        Ok(shape)
+    };
+    let merge = |shape: &[usize], dim: usize| -> Result<Vec<usize>> {
+        let mut shape = shape.to_vec();
+        *shape.get_mut(dim).ok_or_else(|| refuse("the tensor has no such dim"))? *= ranks;
+        Ok(shape)
+    };
+    let shape = match (from, to) {
+        (a, b) if a == b => return Ok(x.clone()),
+        (Invariant, Replicate) | (Replicate, Invariant) => {
+            // Gradients keep duality: a Replicate that becomes Invariant is divided in backward.
+            return Ok(x.rewrap(x.shape(), layout, 0, crate::autograd::Edge::None));
+        }
+        (Partial, Invariant | Replicate) | (Invariant | Replicate, Partial) => x.shape().to_vec(),
+        (Shard(d), Replicate | Invariant) | (Shard(d), Partial) => merge(x.shape(), d)?,
+        (Partial | Replicate | Invariant, Shard(d)) => split(d)?,
+        (Shard(a), Shard(b)) => merge(&split(b)?, a)?,
+        // Equal placements are covered above; the compiler cannot know.
+        (Partial, Partial) | (Replicate, Replicate) | (Invariant, Invariant) => unreachable!(),
+    };
+    if scope.is_fake() {
+        return Ok(Tensor::pretend(&scope, &shape, x.dtype(), layout));
+    }
+    let group = scope.mesh().group(&name).map_err(comm)?;
+    let dtype = x.dtype();
+    let buffer = any!(dtype, T => moved::<T>(x.clone(), from, to, &shape, group))?;
+    Ok(Tensor::wrap(&scope, buffer, &shape, dtype, layout))
+}
+
+fn moved<T: Element>(
+    x: Tensor,
+    from: Placement,
+    to: Placement,
+    shape: &[usize],
+    group: &Group,
+) -> Result<Buffer> {
+    let n = group.world_size();
+    let len: usize = shape.iter().product();
+    let old = x.shape().to_vec();
+    match (from, to) {
+        (Partial, Invariant | Replicate) => {
+            let mut buffer = x.into_buffer()?;
+            group.all_reduce(buffer.as_mut_slice::<T>(), ReduceOp::Sum).map_err(comm)?;
+            Ok(buffer)
+        }
+        // One term each of a sum whose value is the tensor.
+        (Invariant | Replicate, Partial) => {
+            let scaled = x.detach().scale(1.0 / n as f32)?;
+            scaled.into_buffer()
+        }
+        (Shard(d), Replicate | Invariant) => {
+            let values = x.read::<T>()?;
+            let mut gathered = Buffer::new::<T>(len);
+            group.all_gather(values.as_slice::<T>(), gathered.as_mut_slice::<T>()).map_err(comm)?;
+            if outer(&old, d) == 1 {
+                return Ok(gathered);
+            }
+            // [rank, outer, inner] to [outer, rank, inner]
+            let mut out = Buffer::new::<T>(len);
+            let (rows, inner) = (outer(&old, d), old[d..].iter().product());
+            swap_outer(gathered.as_slice::<T>(), out.as_mut_slice(), n, rows, inner);
+            Ok(out)
+        }
+        (Shard(d), Partial) => {
+            let values = x.read::<T>()?;
+            let mut out = Buffer::zeros::<T>(len);
+            let inner: usize = old[d..].iter().product();
+            let (src, dst) = (values.as_slice::<T>(), out.as_mut_slice::<T>());
+            for row in 0..outer(&old, d) {
+                let at = (row * n + group.rank()) * inner;
+                dst[at..at + inner].copy_from_slice(&src[row * inner..(row + 1) * inner]);
+            }
+            Ok(out)
+        }
+        (Replicate | Invariant, Shard(d)) => {
+            let values = x.read::<T>()?;
+            let mut out = Buffer::new::<T>(len);
+            let inner: usize = shape[d..].iter().product();
+            let (src, dst) = (values.as_slice::<T>(), out.as_mut_slice::<T>());
+            for row in 0..outer(shape, d) {
+                let at = (row * n + group.rank()) * inner;
+                dst[row * inner..(row + 1) * inner].copy_from_slice(&src[at..at + inner]);
+            }
+            Ok(out)
+        }
+        (Partial, Shard(d)) => {
+            let values = x.read::<T>()?;
+            let mut out = Buffer::new::<T>(len);
+            let (rows, inner) = (outer(shape, d), shape[d..].iter().product());
+            if rows == 1 {
+                let out_slice = out.as_mut_slice::<T>();
+                group.reduce_scatter(values.as_slice::<T>(), out_slice, ReduceOp::Sum).map_err(comm)?;
+                return Ok(out);
+            }
+            let mut by_rank = Buffer::new::<T>(len * n);
+            swap_outer(values.as_slice::<T>(), by_rank.as_mut_slice(), rows, n, inner);
+            group
+                .reduce_scatter(by_rank.as_slice::<T>(), out.as_mut_slice::<T>(), ReduceOp::Sum)
+                .map_err(comm)?;
+            Ok(out)
+        }
+        (Shard(a), Shard(b)) => {
+            // Cut dim b into one piece per rank, exchange, then lay the pieces along dim a.
+            let values = x.read::<T>()?;
+            let mut send = Buffer::new::<T>(len);
+            let (rows, inner) = (outer(&old, b), old[b..].iter().product::<usize>() / n);
+            swap_outer(values.as_slice::<T>(), send.as_mut_slice(), rows, n, inner);
+            let mut got = Buffer::new::<T>(len);
+            group.all_to_all(send.as_slice::<T>(), got.as_mut_slice::<T>()).map_err(comm)?;
+            let mut piece = old.clone();
+            piece[b] /= n;
+            let (rows, inner) = (outer(&piece, a), piece[a..].iter().product());
+            swap_outer(got.as_slice::<T>(), send.as_mut_slice(), n, rows, inner);
+            Ok(send)
+        }
+        _ => unreachable!("moves without data are handled before"),
+    }
+}
+
+/// The number of rows before dim `d`.
+fn outer(shape: &[usize], d: usize) -> usize {
+    shape[..d].iter().product()
+}
+
+/// `[a, b, inner]` to `[b, a, inner]`.
+fn swap_outer<T: Copy>(src: &[T], dst: &mut [T], a: usize, b: usize, inner: usize) {
+    for i in 0..a {
+        for j in 0..b {
+            let (from, to) = ((i * b + j) * inner, (j * a + i) * inner);
+            dst[to..to + inner].copy_from_slice(&src[from..from + inner]);
+        }
+    }
+}

@@ -1,0 +1,395 @@
+//! The tensor: a shape, a dtype, a placement on the mesh, and where its values are.
+//!
+//! Invariant: a tensor's elements are contiguous in row-major order. A view is a reshape, or a
+//! range of the outermost dim, so no kernel ever asks about strides.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use colossal_comm::Mesh;
+
+use crate::autograd::Edge;
+use crate::dtype::{Dtype, Element};
+use crate::error::{Error, Result};
+use crate::params::{Lease, Param};
+use crate::placement::{Layout, Placement, Sharding, axis_of};
+use crate::storage::Buffer;
+
+/// Where tensors of one rank live: its mesh, and the map from names to placements.
+#[derive(Debug, Clone)]
+pub struct Scope(Arc<ScopeInner>);
+
+#[derive(Debug)]
+struct ScopeInner {
+    mesh: Mesh,
+    sharding: Sharding,
+    fake: bool,
+}
+
+impl Scope {
+    /// Tensors on this mesh under this map.
+    pub fn new(mesh: Mesh, sharding: Sharding) -> Scope {
+        Scope(Arc::new(ScopeInner { mesh, sharding, fake: false }))
+    }
+
+    /// One device, no parallelism.
+    pub fn solo() -> Scope {
+        Scope::new(Mesh::solo(), Sharding::default())
+    }
+
+    /// A pretended mesh: shapes and layouts are checked, no values exist and nothing is sent.
+    pub fn fake(axes: &[(&'static str, usize)], sharding: Sharding) -> Scope {
+        Scope(Arc::new(ScopeInner { mesh: Mesh::fake(axes), sharding, fake: true }))
+    }
+
+    /// The mesh.
+    pub fn mesh(&self) -> &Mesh {
+        &self.0.mesh
+    }
+
+    /// The map from names to placements.
+    pub fn sharding(&self) -> &Sharding {
+        &self.0.sharding
+    }
+
+    /// Is the mesh pretended?
+    pub fn is_fake(&self) -> bool {
+        self.0.fake
+    }
+
+    /// A batch of which `data` holds this rank's part, laid out as [`Sharding::batch`] says.
+    pub fn batch<T: Element>(&self, data: &[T], shape: &[usize]) -> Result<Tensor> {
+        Tensor::from_slice(self, data, shape, self.sharding().batch())
+    }
+
+    /// Number of axes of the mesh.
+    pub(crate) fn axes(&self) -> usize {
+        self.mesh().axes().len()
+    }
+
+    /// Name and size of an axis.
+    pub(crate) fn axis(&self, index: usize) -> (String, usize) {
+        axis_of(self.mesh(), index)
+    }
+
+    /// Indices of axes that have more than one rank: on the others all placements are the same.
+    pub(crate) fn wide_axes(&self) -> impl Iterator<Item = usize> + '_ {
+        self.mesh().axes().iter().enumerate().filter(|(_, (_, n))| *n > 1).map(|(i, _)| i)
+    }
+
+    /// This rank's coordinate along an axis; 0 on a pretended mesh.
+    pub(crate) fn coord(&self, axis: usize) -> usize {
+        if self.is_fake() { 0 } else { self.mesh().coord_at(axis) }
+    }
+}
+
+/// A sharded, differentiable array. Cloning copies a pointer.
+#[derive(Clone)]
+pub struct Tensor(Arc<Inner>);
+
+struct Inner {
+    scope: Scope,
+    shape: Vec<usize>,
+    dtype: Dtype,
+    layout: Layout,
+    data: Data,
+    edge: Edge,
+}
+
+#[derive(Clone)]
+enum Data {
+    /// Elements `offset..offset + len` of a buffer.
+    Owned(Arc<Buffer>, usize),
+    /// Behind a parameter's handle: reached through a guard, never kept.
+    Param(Arc<Param>),
+    /// On a pretended mesh.
+    Fake,
+}
+
+/// The values of a tensor for as long as this lives. For a parameter it is the guard.
+#[derive(Debug)]
+pub struct Values(ValuesInner);
+
+#[derive(Debug)]
+enum ValuesInner {
+    Owned(Arc<Buffer>, Range<usize>),
+    Leased(Lease),
+}
+
+impl Values {
+    /// The elements. Panics if `T` is not the tensor's type; [`Tensor::read`] has checked it.
+    pub fn as_slice<T: Element>(&self) -> &[T] {
+        bytemuck::cast_slice(match &self.0 {
+            ValuesInner::Owned(buffer, bytes) => &buffer.as_slice::<u8>()[bytes.clone()],
+            ValuesInner::Leased(lease) => lease.bytes(),
+        })
+    }
+}
+
+impl Tensor {
+    /// A tensor whose local part is `data`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `data` has another length than `shape`.
+    pub fn from_slice<T: Element>(
+        scope: &Scope,
+        data: &[T],
+        shape: &[usize],
+        layout: Layout,
+    ) -> Result<Tensor> {
+        if scope.is_fake() {
+            return Ok(Tensor::pretend(scope, shape, T::DTYPE, layout));
+        }
+        if data.len() != shape.iter().product::<usize>() {
+            return Err(Error::shape("from_slice", &[data.len()], shape, "one value per element"));
+        }
+        Ok(Tensor::wrap(scope, Buffer::from_slice(data), shape, T::DTYPE, layout))
+    }
+
+    /// A tensor on one device.
+    ///
+    /// ```
+    /// use colossal_tensor::Tensor;
+    /// let x = Tensor::of(&[1.0f32, 2.0, 3.0, 4.0], &[2, 2])?;
+    /// assert_eq!(x.sum()?.item()?, 10.0);
+    /// # Ok::<(), colossal_tensor::Error>(())
+    /// ```
+    pub fn of<T: Element>(data: &[T], shape: &[usize]) -> Result<Tensor> {
+        Tensor::from_slice(&Scope::solo(), data, shape, Layout::default())
+    }
+
+    pub(crate) fn wrap(
+        scope: &Scope,
+        buffer: Buffer,
+        shape: &[usize],
+        dtype: Dtype,
+        layout: Layout,
+    ) -> Tensor {
+        debug_assert_eq!(buffer.bytes(), shape.iter().product::<usize>() * dtype.bytes());
+        Tensor(Arc::new(Inner {
+            scope: scope.clone(),
+            shape: shape.to_vec(),
+            dtype,
+            layout,
+            data: Data::Owned(Arc::new(buffer), 0),
+            edge: Edge::None,
+        }))
+    }
+
+    /// A tensor of a pretended mesh.
+    pub(crate) fn pretend(scope: &Scope, shape: &[usize], dtype: Dtype, layout: Layout) -> Tensor {
+        Tensor(Arc::new(Inner {
+            scope: scope.clone(),
+            shape: shape.to_vec(),
+            dtype,
+            layout,
+            data: Data::Fake,
+            edge: Edge::None,
+        }))
+    }
+
+    pub(crate) fn of_param(param: &Arc<Param>) -> Tensor {
+        let data = if param.scope().is_fake() { Data::Fake } else { Data::Param(param.clone()) };
+        let edge = crate::autograd::leaf(param);
+        Tensor(Arc::new(Inner {
+            scope: param.scope().clone(),
+            shape: param.shape().to_vec(),
+            dtype: param.dtype(),
+            layout: param.layout(),
+            data,
+            edge,
+        }))
+    }
+
+    /// The same values under another edge, shape or layout: how ops attach their node.
+    pub(crate) fn rewrap(&self, shape: &[usize], layout: Layout, offset: usize, edge: Edge) -> Tensor {
+        let data = match &self.0.data {
+            Data::Owned(buffer, old) => Data::Owned(buffer.clone(), old + offset),
+            other => other.clone(),
+        };
+        Tensor(Arc::new(Inner {
+            scope: self.0.scope.clone(),
+            shape: shape.to_vec(),
+            dtype: self.0.dtype,
+            layout,
+            data,
+            edge,
+        }))
+    }
+
+    pub(crate) fn with_edge(self, edge: Edge) -> Tensor {
+        match Arc::try_unwrap(self.0) {
+            Ok(inner) => Tensor(Arc::new(Inner { edge, ..inner })),
+            Err(shared) => {
+                let t = Tensor(shared);
+                t.rewrap(t.shape(), t.layout(), 0, edge)
+            }
+        }
+    }
+
+    /// Other integers of the same shape, laid out as this tensor is: positions beside ids.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless there is one per local element.
+    pub fn same_place(&self, values: &[i32]) -> Result<Tensor> {
+        if self.scope().is_fake() {
+            return Ok(self.clone());
+        }
+        Tensor::from_slice(self.scope(), values, self.shape(), self.layout())
+    }
+
+    /// The shape of this rank's part.
+    pub fn shape(&self) -> &[usize] {
+        &self.0.shape
+    }
+
+    /// The shape of the whole tensor.
+    pub fn global_shape(&self) -> Vec<usize> {
+        let mut shape = self.0.shape.clone();
+        for axis in self.scope().wide_axes() {
+            if let Placement::Shard(dim) = self.layout()[axis] {
+                shape[dim] *= self.scope().axis(axis).1;
+            }
+        }
+        shape
+    }
+
+    /// The number of local elements.
+    pub fn len(&self) -> usize {
+        self.0.shape.iter().product()
+    }
+
+    /// Is there no local element?
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The size of the last dim; 1 for a scalar.
+    pub fn last_dim(&self) -> usize {
+        self.0.shape.last().copied().unwrap_or(1)
+    }
+
+    /// The number of rows: the product of all dims but the last.
+    pub fn rows(&self) -> usize {
+        self.len() / self.last_dim().max(1)
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> Dtype {
+        self.0.dtype
+    }
+
+    /// The placement along each axis of the mesh.
+    pub fn layout(&self) -> Layout {
+        self.0.layout
+    }
+
+    /// The mesh and map it lives under.
+    pub fn scope(&self) -> &Scope {
+        &self.0.scope
+    }
+
+    pub(crate) fn edge(&self) -> &Edge {
+        &self.0.edge
+    }
+
+    /// Will a backward pass reach this tensor?
+    pub fn requires_grad(&self) -> bool {
+        !matches!(self.0.edge, Edge::None)
+    }
+
+    /// The same values, cut off from the graph.
+    pub fn detach(&self) -> Tensor {
+        if self.requires_grad() {
+            self.rewrap(self.shape(), self.layout(), 0, Edge::None)
+        } else {
+            self.clone()
+        }
+    }
+
+    /// The local values, checked to be of type `T`.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`] for another type, [`Error::Fake`] on a pretended mesh.
+    pub fn read<T: Element>(&self) -> Result<Values> {
+        if T::DTYPE != self.dtype() {
+            return Err(Error::Dtype { op: "read", left: self.dtype(), right: T::DTYPE });
+        }
+        Ok(Values(match &self.0.data {
+            Data::Owned(buffer, offset) => {
+                let size = self.dtype().bytes();
+                let range = offset * size..(offset + self.len()) * size;
+                ValuesInner::Owned(buffer.clone(), range)
+            }
+            Data::Param(param) => ValuesInner::Leased(param.lease()?),
+            Data::Fake => return Err(Error::Fake("read")),
+        }))
+    }
+
+    /// The local values as a vector of `f32`, whatever the float type.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; self.len()];
+        crate::dtype::float!("to_vec", self.dtype(), T => {
+            colossal_kernels::cast(self.read::<T>()?.as_slice::<T>(), &mut out);
+            Ok(out)
+        })
+    }
+
+    /// The local values as a vector of their own type.
+    pub fn to_vec_of<T: Element>(&self) -> Result<Vec<T>> {
+        Ok(self.read::<T>()?.as_slice().to_vec())
+    }
+
+    /// The value of a tensor of one element.
+    pub fn item(&self) -> Result<f32> {
+        match self.to_vec()?[..] {
+            [x] => Ok(x),
+            _ => Err(Error::shape("item", self.shape(), &[], "exactly one element")),
+        }
+    }
+
+    /// This tensor's buffer for writing in place, if nothing else can see it.
+    pub(crate) fn into_unique(self) -> std::result::Result<Buffer, Tensor> {
+        let whole = match &self.0.data {
+            Data::Owned(buffer, 0) => buffer.bytes() == self.len() * self.dtype().bytes(),
+            _ => false,
+        };
+        if !whole {
+            return Err(self);
+        }
+        match Arc::try_unwrap(self.0) {
+            Ok(inner) => {
+                let Data::Owned(buffer, _) = &inner.data else { unreachable!("checked above") };
+                if Arc::strong_count(buffer) > 1 {
+                    return Err(Tensor(Arc::new(inner)));
+                }
+                let Inner { data: Data::Owned(buffer, _), .. } = inner else {
+                    unreachable!("checked above")
+                };
+                Arc::try_unwrap(buffer).map_err(|_| unreachable!("the only owner was just counted"))
+            }
+            Err(shared) => Err(Tensor(shared)),
+        }
+    }
+
+    /// A copy of the values in a buffer of its own, or the buffer itself if nothing else sees it.
+    pub(crate) fn into_buffer(self) -> Result<Buffer> {
+        let dtype = self.dtype();
+        match self.into_unique() {
+            Ok(buffer) => Ok(buffer),
+            Err(shared) => crate::dtype::any!(dtype, T => {
+                Ok(Buffer::from_slice(shared.read::<T>()?.as_slice::<T>()))
+            }),
+        }
+    }
+}
+
+impl std::fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor({} {:?}", self.dtype(), self.shape())?;
+        for axis in 0..self.scope().axes() {
+            write!(f, " {}:{}", self.scope().axis(axis).0, self.layout()[axis])?;
+        }
+        write!(f, ")")
+    }
+}

@@ -1,0 +1,59 @@
+//! What must hold before a change lands, cheapest first.
+
+use anyhow::Result;
+
+use crate::{cargo, exists, run, tidy};
+
+const CRATES: [&str; 8] = [
+    "colossal-comm",
+    "colossal-kernels",
+    "colossal-pipeline",
+    "colossal-memory",
+    "colossal-zero",
+    "colossal-tensor",
+    "colossal-models",
+    "colossal-apps",
+];
+
+/// Unit, integration and doc tests of the whole workspace.
+pub(crate) fn test() -> Result<()> {
+    if exists("cargo-nextest", "--version") {
+        run(&cargo(), &["nextest", "run", "--workspace", "--no-fail-fast"], &[])?;
+    } else {
+        println!("cargo-nextest is not installed: tests run under cargo test.");
+        println!("For a shorter run: cargo install cargo-nextest --locked");
+        run(&cargo(), &["test", "--workspace", "--lib", "--bins", "--tests"], &[])?;
+    }
+    run(&cargo(), &["test", "--workspace", "--doc"], &[])
+}
+
+/// Everything.
+pub(crate) fn ci(tested: bool) -> Result<()> {
+    let cargo = cargo();
+    run(&cargo, &["fmt", "--all", "--check"], &[])?;
+    tidy::tidy()?;
+    run(&cargo, &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
+    if !tested {
+        test()?;
+    }
+    for name in CRATES {
+        run(&cargo, &["check", "-p", name], &[])?;
+        run(&cargo, &["check", "-p", name, "--no-default-features"], &[])?;
+    }
+    run(&cargo, &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])?;
+    run(&cargo, &["build", "--workspace", "--examples"], &[])?;
+    // Model-checked collectives: another configuration of the crate, in a folder of its own.
+    run(
+        &cargo,
+        &["test", "-p", "colossal-comm", "--lib", "--release", "--target-dir", "target/loom", "loom"],
+        &[("RUSTFLAGS", "--cfg loom")],
+    )?;
+    if exists("cargo-deny", "--version") {
+        run("cargo-deny", &["check", "bans", "licenses", "sources"], &[])?;
+    } else {
+        println!("\ncargo-deny is not installed: licences and sources were not checked.");
+        println!("To check them: cargo install cargo-deny --locked");
+    }
+    println!("\nall checks passed");
+    Ok(())
+}
