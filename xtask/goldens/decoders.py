@@ -40,7 +40,7 @@ def make(name, model, shard="5GB"):
         golden["grad." + key] = p.grad
     for i, length in enumerate([5, 3]):
         prompt = ids[i : i + 1, :length]
-        new = model.generate(prompt, max_new_tokens=12, do_sample=False)
+        new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
         golden[f"greedy.{i}"] = new[0, length:].int()
     golden = {k: v.contiguous().clone() for k, v in golden.items()}
     meta = {"package": "transformers", "version": transformers.__version__, "torch": torch.__version__,

@@ -50,43 +50,47 @@ pub(super) fn gemm<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, s
 
 simd! {
     fn dots<T: Float>(a: &[T], b: [&[T]; 4], out: &mut [f32; 4]) {
-        let n = a.len().min(b[0].len()).min(b[1].len()).min(b[2].len()).min(b[3].len());
-        let whole = n / 16 * 16;
-        let mut acc = [[0.0f32; 16]; 4];
-        for k in (0..whole).step_by(16) {
-            for (acc, b) in acc.iter_mut().zip(&b) {
+        let (a16, a_rest) = a.as_chunks::<16>();
+        for (out, b) in out.iter_mut().zip(b) {
+            let (b16, b_rest) = b.as_chunks::<16>();
+            // Two sums in turn hide the latency of the additions.
+            let mut acc = [[0.0f32; 16]; 2];
+            for (k, (x, y)) in a16.iter().zip(b16).enumerate() {
+                let acc = &mut acc[k % 2];
                 for l in 0..16 {
-                    acc[l] = a[k + l].to_f32() * b[k + l].to_f32() + acc[l];
+                    acc[l] += x[l].to_f32() * y[l].to_f32();
                 }
             }
-        }
-        for (j, (acc, b)) in acc.iter().zip(&b).enumerate() {
-            let rest: f32 = (whole..n).map(|k| a[k].to_f32() * b[k].to_f32()).sum();
-            out[j] = acc.iter().sum::<f32>() + rest;
+            let rest: f32 = a_rest.iter().zip(b_rest).map(|(x, y)| x.to_f32() * y.to_f32()).sum();
+            *out = acc[0].iter().zip(&acc[1]).map(|(a, b)| a + b).sum::<f32>() + rest;
         }
     }
 }
 
 simd! {
     fn dots4<T: Float>(a: [&[T]; 4], b: [&[T]; 4], out: &mut [[f32; 4]; 4]) {
-        let n = a.iter().chain(&b).map(|x| x.len()).min().unwrap_or(0);
-        let whole = n / 16 * 16;
-        let mut acc = [[[0.0f32; 16]; 4]; 4];
-        for k in (0..whole).step_by(16) {
-            for i in 0..4 {
-                let x = &a[i][k..k + 16];
-                for j in 0..4 {
-                    let y = &b[j][k..k + 16];
-                    for l in 0..16 {
-                        acc[i][j][l] = x[l].to_f32() * y[l].to_f32() + acc[i][j][l];
-                    }
+        let a16 = a.map(|x| x.as_chunks::<16>().0);
+        let steps = a16[0].len().min(a16[1].len()).min(a16[2].len()).min(a16[3].len());
+        for (j, b) in b.into_iter().enumerate() {
+            let b16 = b.as_chunks::<16>().0;
+            let (mut s0, mut s1, mut s2, mut s3) = ([0.0f32; 16], [0.0f32; 16], [0.0f32; 16], [0.0f32; 16]);
+            for (k, y) in b16.iter().enumerate().take(steps) {
+                let (x0, x1, x2, x3) = (&a16[0][k], &a16[1][k], &a16[2][k], &a16[3][k]);
+                for l in 0..16 {
+                    let y = y[l].to_f32();
+                    s0[l] += x0[l].to_f32() * y;
+                    s1[l] += x1[l].to_f32() * y;
+                    s2[l] += x2[l].to_f32() * y;
+                    s3[l] += x3[l].to_f32() * y;
                 }
             }
-        }
-        for i in 0..4 {
-            for j in 0..4 {
-                let rest: f32 = (whole..n).map(|k| a[i][k].to_f32() * b[j][k].to_f32()).sum();
-                out[i][j] = acc[i][j].iter().sum::<f32>() + rest;
+            for (i, acc) in [s0, s1, s2, s3].iter().enumerate() {
+                let rest: f32 = a[i][16 * steps..]
+                    .iter()
+                    .zip(&b[16 * steps..])
+                    .map(|(x, y)| x.to_f32() * y.to_f32())
+                    .sum();
+                out[i][j] = acc.iter().sum::<f32>() + rest;
             }
         }
     }

@@ -170,8 +170,12 @@ fn bf16_follows_f32_and_learns() {
     let one = train(&Group::solo(), &Plan::default(), &llama());
     for outcome in on_ranks(2, |world| train(&world, &plan, &llama())) {
         close("bf16 losses", &outcome.losses, &one.losses, 2e-2);
-        assert!(outcome.losses[4] < outcome.losses[0] - 0.1);
     }
+    let learnt = on_ranks(2, |world| {
+        let mut trainer = Trainer::new(&world, &plan, &llama(), optimizer(), 3).unwrap();
+        (0..40).map(|_| trainer.step(&batch(0)).unwrap().loss).collect::<Vec<_>>()
+    });
+    assert!(learnt[0][39] < 0.5 * learnt[0][0], "{:?}", learnt[0]);
 }
 
 #[test]

@@ -1,0 +1,50 @@
+//! Whole training steps of the reference models: prints the median tokens per second.
+//!
+//! `cargo run --release -p colossal-models --example train_bench -- llama 2 [f32|bf16] [steps]`
+#![forbid(unsafe_code)]
+
+use std::error::Error;
+
+use colossal_kernels::{Threads, threads};
+use colossal_models::gpt2::Gpt2Config;
+use colossal_models::llama::LlamaConfig;
+use colossal_models::train::{AdamW, Batch, LrSchedule, Plan, Precision, Trainer};
+use colossal_models::{DecoderConfig, Group};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let arg = |i: usize, default: &str| args.get(i).map_or(default.to_string(), Clone::clone);
+    let config = match arg(0, "llama").as_str() {
+        "gpt" => DecoderConfig::Gpt2(Gpt2Config { n_positions: 256, ..Gpt2Config::sized(8192, 512, 8, 8) }),
+        _ => DecoderConfig::Llama(LlamaConfig {
+            num_key_value_heads: 4,
+            intermediate_size: 1376,
+            max_position_embeddings: 256,
+            ..LlamaConfig::sized(8192, 512, 8, 8)
+        }),
+    };
+    threads::set(Threads::new(arg(1, "2").parse()?));
+    let precision = if arg(2, "f32") == "bf16" { Precision::Bf16 } else { Precision::F32 };
+    let steps: usize = arg(3, "6").parse()?;
+    let plan = Plan { precision, ..Plan::default() };
+    let rule = AdamW { lr: LrSchedule::constant(3e-4), weight_decay: 0.01, ..AdamW::default() };
+    let mut trainer = Trainer::new(&Group::solo(), &plan, &config, rule, 0)?;
+    let stream = colossal_tensor::random::Stream::new(0, 0);
+    let ids: Vec<i32> = (0..4 * 257).map(|i| (stream.bits(i) % 8192) as i32).collect();
+    let batch = Batch::windows(&ids.chunks(257).collect::<Vec<_>>())?;
+    let mut speeds = Vec::new();
+    let mut last = None;
+    for step in 0..steps + 2 {
+        let report = trainer.step(&batch)?;
+        if step >= 2 {
+            speeds.push(report.tokens_per_second);
+        }
+        last = Some(report);
+    }
+    speeds.sort_by(f64::total_cmp);
+    if let Some(r) = last {
+        println!("loss {:.4}, mfu {:.2}, peak {} MiB", r.loss, r.mfu, r.peak_bytes >> 20);
+    }
+    println!("{:.1} tokens/s", speeds[speeds.len() / 2]);
+    Ok(())
+}
