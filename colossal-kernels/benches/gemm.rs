@@ -4,8 +4,14 @@ use colossal_kernels::{Epilogue, Float, Mat, MatMut, Threads, gemm, threads};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
 
-const SHAPES: [[usize; 3]; 6] =
-    [[512, 512, 512], [1024, 1024, 1024], [1024, 2048, 512], [4096, 768, 3072], [1, 2048, 512], [8, 2048, 512]];
+const SHAPES: [[usize; 3]; 6] = [
+    [512, 512, 512],
+    [1024, 1024, 1024],
+    [1024, 2048, 512],
+    [4096, 768, 3072],
+    [1, 2048, 512],
+    [8, 2048, 512],
+];
 
 fn products<T: Float>(c: &mut Criterion, count: usize) {
     threads::set(Threads::new(count));

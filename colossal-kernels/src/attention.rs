@@ -110,19 +110,30 @@ impl AttentionShape<'_> {
     fn check(&self, q: usize, k: usize, v: usize, out: usize, lse: usize) {
         let row = self.heads * self.head_dim;
         assert!(
-            self.kv_heads > 0 && self.heads % self.kv_heads == 0,
+            self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads),
             "attention: {} query heads are no multiple of {} key heads",
             self.heads,
             self.kv_heads
         );
-        assert_eq!(q, self.batch * self.q_len * row, "attention: q is [batch, q_len, heads, head_dim]");
+        assert_eq!(
+            q,
+            self.batch * self.q_len * row,
+            "attention: q is [batch, q_len, heads, head_dim]"
+        );
         assert_eq!(out, q, "attention: out is as long as q");
-        assert_eq!(lse, self.batch * self.heads * self.q_len, "attention: lse is [batch, heads, q_len]");
+        assert_eq!(
+            lse,
+            self.batch * self.heads * self.q_len,
+            "attention: lse is [batch, heads, q_len]"
+        );
         let needed = match self.batch {
             0 => 0,
             b => (b - 1) * self.kv_stride() + self.kv_len * self.kv_heads * self.head_dim,
         };
-        assert!(k >= needed && v >= needed, "attention: k and v reach over [batch, kv_len, kv_heads, head_dim]");
+        assert!(
+            k >= needed && v >= needed,
+            "attention: k and v reach over [batch, kv_len, kv_heads, head_dim]"
+        );
         for lens in [self.q_lens, self.kv_lens].into_iter().flatten() {
             assert_eq!(lens.len(), self.batch, "attention: one length per sequence");
         }
@@ -152,15 +163,15 @@ pub fn flash_attention<T: Float>(
         for bh in range {
             let (b, h) = (bh / s.heads, bh % s.heads);
             let q_at = b * s.q_len * row + h * d;
-            let kv_at = b * s.kv_stride() + h / (s.heads / s.kv_heads) * d;
+            let kv_at = (b * s.kv_stride() + h / (s.heads / s.kv_heads) * d).min(k.len());
             // SAFETY: this (sequence, head) pair is ours alone; rows are written one at a time.
             let out_row = |i: usize| unsafe { out.range(q_at + i * row..q_at + i * row + d) };
             // SAFETY: as above.
             let lse = unsafe { lse.range(bh * s.q_len..(bh + 1) * s.q_len) };
             let real = s.q_real(b);
-            for i in real..s.q_len {
+            for (i, lse) in lse.iter_mut().enumerate().skip(real) {
                 out_row(i).fill(T::zeroed());
-                lse[i] = f32::NEG_INFINITY;
+                *lse = f32::NEG_INFINITY;
             }
             if real <= 4 {
                 for i in 0..real {
@@ -171,7 +182,16 @@ pub fn flash_attention<T: Float>(
             }
             for first in (0..real).step_by(BQ) {
                 let rows = BQ.min(real - first);
-                query_block(s, [b, h, first, rows], q, q_at, &k[kv_at..], &v[kv_at..], &out_row, lse);
+                query_block(
+                    s,
+                    [b, h, first, rows],
+                    q,
+                    q_at,
+                    &k[kv_at..],
+                    &v[kv_at..],
+                    &out_row,
+                    lse,
+                );
             }
         }
     });
@@ -278,7 +298,8 @@ fn block_scores(
     gemm(Mat::new(q, rows, d), Mat::new(k, cols, d).t(), c, &Epilogue::default());
     for (r, scores) in scores.chunks_exact_mut(cols).enumerate().take(rows) {
         if let Some(bias) = s.bias {
-            let at = b * bias.batch_stride + h * bias.head_stride + (first_q + r) * s.kv_len + first_k;
+            let at =
+                b * bias.batch_stride + h * bias.head_stride + (first_q + r) * s.kv_len + first_k;
             scores.iter_mut().zip(&bias.data[at..]).for_each(|(x, b)| *x += b);
         }
         let seen = s.visible(b, first_q + r);
@@ -290,7 +311,12 @@ fn block_scores(
 }
 
 /// Keys that any query of a block sees.
-fn block_range(s: &AttentionShape<'_>, b: usize, first: usize, rows: usize) -> std::ops::Range<usize> {
+fn block_range(
+    s: &AttentionShape<'_>,
+    b: usize,
+    first: usize,
+    rows: usize,
+) -> std::ops::Range<usize> {
     s.visible(b, first).start..s.visible(b, first + rows - 1).end
 }
 
@@ -341,7 +367,8 @@ fn query_block<'o, T: Float>(
                 max[r] = new;
             }
             let add = Epilogue { accumulate: true, ..Epilogue::default() };
-            let (p, v) = (Mat::new(&scores[..rows * cols], rows, cols), Mat::new(&vb[..cols * d], cols, d));
+            let (p, v) =
+                (Mat::new(&scores[..rows * cols], rows, cols), Mat::new(&vb[..cols * d], cols, d));
             gemm(p, v, MatMut::new(&mut acc[..rows * d], rows, d), &add);
         }
         for r in 0..rows {
@@ -391,7 +418,8 @@ pub fn flash_attention_backward<T: Float>(
             let (b, kv_head) = (bh / s.kv_heads, bh % s.kv_heads);
             let (real_q, real_k) = (s.q_real(b), s.kv_real(b));
             let kv_at = b * s.kv_stride() + kv_head * d;
-            let sizes = 2 * s.q_len * d + 2 * s.kv_len * d + 3 * BQ * d + 2 * s.kv_len * d + 2 * BQ * BK;
+            let sizes =
+                2 * s.q_len * d + 2 * s.kv_len * d + 3 * BQ * d + 2 * s.kv_len * d + 2 * BQ * BK;
             with_workspace(sizes, |space| {
                 let (dka, space) = space.split_at_mut(s.kv_len * d);
                 let (dva, space) = space.split_at_mut(s.kv_len * d);
@@ -425,7 +453,14 @@ pub fn flash_attention_backward<T: Float>(
                             let cols = BK.min(keys.end - first_k);
                             let span = first_k * d..(first_k + cols) * d;
                             let block = [b, h, first, rows];
-                            block_scores(s, block, [first_k, cols], &qb[..rows * d], &ka[span.clone()], p);
+                            block_scores(
+                                s,
+                                block,
+                                [first_k, cols],
+                                &qb[..rows * d],
+                                &ka[span.clone()],
+                                p,
+                            );
                             for (r, p) in p.chunks_exact_mut(cols).enumerate().take(rows) {
                                 match lse[first + r] {
                                     f32::NEG_INFINITY => p.fill(0.0),
@@ -433,12 +468,20 @@ pub fn flash_attention_backward<T: Float>(
                                 }
                             }
                             let add = Epilogue { accumulate: true, ..Epilogue::default() };
-                            let (pm, dom) = (Mat::new(&p[..rows * cols], rows, cols), Mat::new(&dob[..rows * d], rows, d));
+                            let (pm, dom) = (
+                                Mat::new(&p[..rows * cols], rows, cols),
+                                Mat::new(&dob[..rows * d], rows, d),
+                            );
                             // dv += pᵀ do
                             gemm(pm.t(), dom, MatMut::new(&mut dva[span.clone()], cols, d), &add);
                             // dp = do vᵀ, then ds = p (dp - delta)
                             let vt = Mat::new(&va[span.clone()], cols, d).t();
-                            gemm(dom, vt, MatMut::new(&mut dp[..rows * cols], rows, cols), &Epilogue::default());
+                            gemm(
+                                dom,
+                                vt,
+                                MatMut::new(&mut dp[..rows * cols], rows, cols),
+                                &Epilogue::default(),
+                            );
                             for (r, dp) in dp.chunks_exact_mut(cols).enumerate().take(rows) {
                                 score_gradient(&p[r * cols..(r + 1) * cols], dp, delta[r]);
                             }
@@ -454,7 +497,9 @@ pub fn flash_attention_backward<T: Float>(
                             // SAFETY: this head's queries are ours alone.
                             let to = unsafe { dq.range(at..at + d) };
                             let from = &dqb[r * d..(r + 1) * d];
-                            to.iter_mut().zip(from).for_each(|(t, f)| *t = T::from_f32(f * s.scale));
+                            to.iter_mut()
+                                .zip(from)
+                                .for_each(|(t, f)| *t = T::from_f32(f * s.scale));
                         }
                     }
                     for i in real_q..s.q_len {

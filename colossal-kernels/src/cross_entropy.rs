@@ -52,7 +52,11 @@ pub fn cross_entropy_backward<T: Float>(
     logits_to_grad: &mut [T],
 ) {
     let rows = targets.len();
-    assert_eq!(logits_to_grad.len(), rows * vocab, "cross_entropy_backward: logits must be [rows, vocab]");
+    assert_eq!(
+        logits_to_grad.len(),
+        rows * vocab,
+        "cross_entropy_backward: logits must be [rows, vocab]"
+    );
     simd! { fn piece<T: Float>(row: &mut [T], lse: f32, d: f32) {
         for x in row {
             *x = T::from_f32(d * exp(x.to_f32() - lse));

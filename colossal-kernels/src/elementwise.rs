@@ -4,7 +4,7 @@ use crate::float::Float;
 use crate::isa::simd;
 use crate::threads::rows;
 
-/// Elements a piece of work takes at a time.
+/// Operands of an element-wise kernel are equally long.
 pub(crate) fn check(kernel: &str, a: usize, b: usize) {
     assert_eq!(a, b, "{kernel}: operands have {a} and {b} elements");
 }
@@ -31,6 +31,10 @@ binary! {
     add, |a, b| a + b
 }
 binary! {
+    /// `y = a - b`.
+    sub, |a, b| a - b
+}
+binary! {
     /// `y = a * b`.
     mul, |a, b| a * b
 }
@@ -55,6 +59,17 @@ pub fn add_assign<T: Float>(x: &[T], y: &mut [T]) {
         }
     } }
     rows(x, 1, y, 1, |_, x, y| piece(x, y));
+}
+
+/// `y += a x`.
+pub fn axpy<T: Float>(a: f32, x: &[T], y: &mut [T]) {
+    check("axpy", x.len(), y.len());
+    simd! { fn piece<T: Float>(a: f32, x: &[T], y: &mut [T]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = T::from_f32(y.to_f32() + a * x.to_f32());
+        }
+    } }
+    rows(x, 1, y, 1, |_, x, y| piece(a, x, y));
 }
 
 /// `y += x` into an f32 accumulator.

@@ -6,7 +6,7 @@ use crate::threads::{Parts, parallel_for};
 /// `y[i] = table[ids[i]]`; ids outside the table give zeros (another rank holds that row).
 pub fn embedding<T: Float>(ids: &[i32], table: &[T], dim: usize, y: &mut [T]) {
     assert_eq!(y.len(), ids.len() * dim, "embedding: y must have one row per id");
-    let entries = if dim == 0 { 0 } else { table.len() / dim };
+    let entries = table.len().checked_div(dim).unwrap_or(0);
     let parts = Parts::new(y);
     parallel_for(ids.len(), (16384 / dim.max(1)).max(1), |r| {
         for i in r {
@@ -24,7 +24,7 @@ pub fn embedding<T: Float>(ids: &[i32], table: &[T], dim: usize, y: &mut [T]) {
 /// repeated ids need no locks and are added in order.
 pub fn embedding_backward<T: Float>(ids: &[i32], dy: &[T], dim: usize, dtable: &mut [f32]) {
     assert_eq!(dy.len(), ids.len() * dim, "embedding_backward: dy must have one row per id");
-    let entries = if dim == 0 { 0 } else { dtable.len() / dim };
+    let entries = dtable.len().checked_div(dim).unwrap_or(0);
     let parts = Parts::new(dtable);
     parallel_for(dim, 64, |columns| {
         for (i, id) in ids.iter().enumerate() {

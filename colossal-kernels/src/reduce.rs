@@ -46,3 +46,13 @@ pub fn sum_rows<T: Float>(x: &[T], dim: usize, out: &mut [f32]) {
         piece(x, dim, r.start, out);
     });
 }
+
+/// `out[r] = ` the sum of row `r` of `x [rows, dim]`.
+pub fn sum_last<T: Float>(x: &[T], dim: usize, out: &mut [f32]) {
+    assert_eq!(x.len(), out.len() * dim, "sum_last: one sum per row of {dim}");
+    crate::threads::rows(x, dim, out, 1, |_, x, out| {
+        for (r, o) in out.iter_mut().enumerate() {
+            *o = sum(&x[r * dim..(r + 1) * dim]);
+        }
+    });
+}

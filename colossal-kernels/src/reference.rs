@@ -32,7 +32,8 @@ pub fn attention(s: &AttentionShape<'_>, q: &[f64], k: &[f64], v: &[f64]) -> Vec
                     .map(|j| {
                         let dot: f64 = (0..d).map(|c| q[q_at + c] * k[kv_at(j) + c]).sum();
                         let bias = s.bias.map_or(0.0, |bias| {
-                            let at = b * bias.batch_stride + h * bias.head_stride + i * s.kv_len + j;
+                            let at =
+                                b * bias.batch_stride + h * bias.head_stride + i * s.kv_len + j;
                             f64::from(bias.data[at])
                         });
                         (j, dot * f64::from(s.scale) + bias)
@@ -91,7 +92,14 @@ pub fn cross_entropy(logits: &[f64], targets: &[i32], vocab: usize, ignore: i32)
 }
 
 /// Half-split rotary embedding of `[tokens, heads, head_dim]`.
-pub fn rope(x: &[f64], positions: &[i32], cos: &[f64], sin: &[f64], heads: usize, d: usize) -> Vec<f64> {
+pub fn rope(
+    x: &[f64],
+    positions: &[i32],
+    cos: &[f64],
+    sin: &[f64],
+    heads: usize,
+    d: usize,
+) -> Vec<f64> {
     let half = d / 2;
     let mut y = vec![0.0; x.len()];
     for (t, p) in positions.iter().enumerate() {
@@ -116,4 +124,33 @@ pub fn adamw(rule: &crate::AdamW, t: u32, p: f64, g: f64, m: f64, v: f64) -> [f6
     let lr = f64::from(rule.lr);
     let p = p - lr * f64::from(rule.weight_decay) * p - lr * mh / (vh.sqrt() + f64::from(rule.eps));
     [p, m, v]
+}
+
+/// The error function by its power series: exact to 1e-12 for `|x| < 3`.
+pub fn erf(x: f64) -> f64 {
+    if x.abs() > 5.0 {
+        return x.signum();
+    }
+    let (mut term, mut sum) = (x, x);
+    for n in 1..120 {
+        term *= -x * x / f64::from(n);
+        sum += term / f64::from(2 * n + 1);
+    }
+    sum * 2.0 / std::f64::consts::PI.sqrt()
+}
+
+/// `x * sigmoid(x)`.
+pub fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}
+
+/// GELU by the error function.
+pub fn gelu(x: f64) -> f64 {
+    0.5 * x * (1.0 + erf(x * std::f64::consts::FRAC_1_SQRT_2))
+}
+
+/// GELU by tanh.
+pub fn gelu_tanh(x: f64) -> f64 {
+    let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
+    0.5 * x * (1.0 + inner.tanh())
 }

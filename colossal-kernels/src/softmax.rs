@@ -57,13 +57,56 @@ pub fn softmax<T: Float>(x: &[T], dim: usize, y: &mut [T]) {
 pub fn softmax_backward<T: Float>(dy: &[T], y: &[T], dim: usize, dx: &mut [T]) {
     check("softmax_backward", dy.len(), y.len());
     check("softmax_backward", dy.len(), dx.len());
+    simd! { fn write<T: Float>(dy: &[T], y: &[T], dx: &mut [T]) {
+        let mut lanes = [0.0f32; 16];
+        let whole = dy.len() / 16 * 16;
+        for (a, b) in dy.chunks_exact(16).zip(y.chunks_exact(16)) {
+            for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+                *lane += a.to_f32() * b.to_f32();
+            }
+        }
+        let rest: f32 = dy[whole..].iter().zip(&y[whole..]).map(|(a, b)| a.to_f32() * b.to_f32()).sum();
+        let dot = lanes.iter().sum::<f32>() + rest;
+        for ((dx, dy), y) in dx.iter_mut().zip(dy).zip(y) {
+            *dx = T::from_f32(y.to_f32() * (dy.to_f32() - dot));
+        }
+    } }
+    rows(dy, dim, dx, dim, |first, dy, dx| {
+        for (r, (dy, dx)) in dy.chunks_exact(dim).zip(dx.chunks_exact_mut(dim)).enumerate() {
+            write(dy, &y[(first + r) * dim..(first + r + 1) * dim], dx);
+        }
+    });
+}
+
+/// `y = x - logsumexp(x)` over rows of `dim`.
+pub fn log_softmax<T: Float>(x: &[T], dim: usize, y: &mut [T]) {
+    check("log_softmax", x.len(), y.len());
+    simd! { fn write<T: Float>(x: &[T], lse: f32, y: &mut [T]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = T::from_f32(x.to_f32() - lse);
+        }
+    } }
+    rows(x, dim, y, dim, |_, x, y| {
+        for (x, y) in x.chunks_exact(dim).zip(y.chunks_exact_mut(dim)) {
+            let max = row_max(x);
+            write(x, max + row_sum_exp(x, max).ln(), y);
+        }
+    });
+}
+
+/// `dx = dy - exp(y) sum(dy)` over rows of `dim`, where `y` came from [`log_softmax`].
+pub fn log_softmax_backward<T: Float>(dy: &[T], y: &[T], dim: usize, dx: &mut [T]) {
+    check("log_softmax_backward", dy.len(), y.len());
+    check("log_softmax_backward", dy.len(), dx.len());
+    simd! { fn write<T: Float>(dy: &[T], y: &[T], sum: f32, dx: &mut [T]) {
+        for ((dx, dy), y) in dx.iter_mut().zip(dy).zip(y) {
+            *dx = T::from_f32(dy.to_f32() - exp(y.to_f32()) * sum);
+        }
+    } }
     rows(dy, dim, dx, dim, |first, dy, dx| {
         for (r, (dy, dx)) in dy.chunks_exact(dim).zip(dx.chunks_exact_mut(dim)).enumerate() {
             let y = &y[(first + r) * dim..(first + r + 1) * dim];
-            let dot: f32 = dy.iter().zip(y).map(|(a, b)| a.to_f32() * b.to_f32()).sum();
-            for ((dx, dy), y) in dx.iter_mut().zip(dy).zip(y) {
-                *dx = T::from_f32(y.to_f32() * (dy.to_f32() - dot));
-            }
+            write(dy, y, crate::reduce::sum(dy), dx);
         }
     });
 }

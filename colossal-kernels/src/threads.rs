@@ -107,8 +107,9 @@ impl Threads {
     fn run(&self, pieces: usize, f: &(dyn Fn(usize) + Sync)) {
         let shared = &self.0.shared;
         // SAFETY: only the lifetime is changed; `work` below is not used after this function.
-        let run: *const (dyn Fn(usize) + Sync) =
-            unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f) };
+        let run: *const (dyn Fn(usize) + Sync) = unsafe {
+            std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f)
+        };
         let work =
             Work { run, next: AtomicUsize::new(0), pieces, panicked: AtomicBool::new(false) };
         // SAFETY: helpers reach `work` only between joining an open job and leaving it; before
@@ -210,6 +211,11 @@ pub fn set(threads: Threads) -> Option<Threads> {
     CURRENT.replace(Some(threads))
 }
 
+/// The compute threads of this thread (rank); one, itself, by default.
+pub fn current() -> Threads {
+    CURRENT.with_borrow(|c| c.clone()).unwrap_or_else(|| Threads::new(1))
+}
+
 /// How many threads kernels called from here use.
 pub fn count() -> usize {
     CURRENT.with_borrow(|c| c.as_ref().map_or(1, Threads::count))
@@ -269,7 +275,7 @@ pub(crate) fn rows<A: Sync, B: Send>(
     ys: usize,
     f: impl Fn(usize, &[A], &mut [B]) + Sync,
 ) {
-    let n = if ys == 0 { 0 } else { y.len() / ys };
+    let n = y.len().checked_div(ys).unwrap_or(0);
     let grain = (16384 / (xs + ys).max(1)).max(1);
     let parts = Parts::new(y);
     parallel_for(n, grain, |range| {

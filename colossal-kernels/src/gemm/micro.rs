@@ -61,7 +61,8 @@ impl Kernel {
 /// `a` holds `4 k` and `b` `16 k` floats, `tile` 64.
 unsafe fn portable_4x16(k: usize, a: *const f32, b: *const f32, tile: *mut f32) {
     // SAFETY: by contract.
-    let (a, b) = unsafe { (std::slice::from_raw_parts(a, 4 * k), std::slice::from_raw_parts(b, 16 * k)) };
+    let (a, b) =
+        unsafe { (std::slice::from_raw_parts(a, 4 * k), std::slice::from_raw_parts(b, 16 * k)) };
     let mut acc = [[0.0f32; 16]; 4];
     for (a, b) in a.chunks_exact(4).zip(b.chunks_exact(16)) {
         for (acc, a) in acc.iter_mut().zip(a) {

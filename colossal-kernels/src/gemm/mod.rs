@@ -13,7 +13,7 @@ mod skinny;
 use std::cell::RefCell;
 
 use crate::float::Float;
-use crate::isa::isa;
+use crate::isa::{isa, simd};
 use crate::math::{erf, sigmoid, tanh};
 use crate::threads::{Parts, parallel_for};
 use micro::{Kernel, TILE};
@@ -151,7 +151,12 @@ const BLOCK: usize = 128 * 1024;
 ///
 /// # Panics
 /// When sizes do not fit.
-pub fn gemm<T: Float, O: Float>(a: Mat<'_, T>, b: Mat<'_, T>, c: MatMut<'_, O>, e: &Epilogue<'_, T>) {
+pub fn gemm<T: Float, O: Float>(
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    c: MatMut<'_, O>,
+    e: &Epilogue<'_, T>,
+) {
     assert!(
         a.cols == b.rows && c.rows == a.rows && c.cols == b.cols,
         "gemm: [{}, {}] x [{}, {}] does not give [{}, {}]",
@@ -164,8 +169,29 @@ pub fn gemm<T: Float, O: Float>(a: Mat<'_, T>, b: Mat<'_, T>, c: MatMut<'_, O>, 
     );
     a.check("a");
     b.check("b");
-    Mat { data: &*c.data, rows: c.rows, cols: c.cols, row_stride: c.row_stride, col_stride: c.col_stride }
-        .check("c");
+    Mat {
+        data: &*c.data,
+        rows: c.rows,
+        cols: c.cols,
+        row_stride: c.row_stride,
+        col_stride: c.col_stride,
+    }
+    .check("c");
+    assert!(
+        c.rows <= 1
+            || c.cols <= 1
+            || (c.col_stride > 0 && c.row_stride > (c.cols - 1) * c.col_stride)
+            || (c.row_stride > 0 && c.col_stride > (c.rows - 1) * c.row_stride),
+        "gemm: elements of c overlap: strides {} and {} of [{}, {}]",
+        c.row_stride,
+        c.col_stride,
+        c.rows,
+        c.cols
+    );
+    assert!(
+        (c.rows <= 1 || c.row_stride > 0) && (c.cols <= 1 || c.col_stride > 0),
+        "gemm: elements of c overlap: stride 0"
+    );
     if let Some(bias) = e.bias {
         assert_eq!(bias.len(), c.cols, "gemm: bias has one element per column");
     }
@@ -266,23 +292,31 @@ fn pass<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<
         let per_block = (BLOCK / size_b.max(1)).clamp(1, panels_b);
         let blocks = panels_b.div_ceil(per_block);
         let groups = panels_a.div_ceil(16);
-        parallel_for(blocks * groups, if m * n * k < 64 * 64 * 64 { usize::MAX } else { 1 }, |range| {
-            let mut tile = Tile([0.0; TILE]);
-            for piece in range {
-                let (block, group) = (piece / groups, piece % groups);
-                for pa in group * 16..((group + 1) * 16).min(panels_a) {
-                    let panel_a = &space_a[pa * size_a..(pa + 1) * size_a];
-                    for pb in block * per_block..((block + 1) * per_block).min(panels_b) {
-                        let panel_b = &space_b[pb * size_b..(pb + 1) * size_b];
-                        kernel.run(k, panel_a, panel_b, &mut tile.0);
-                        let (rows, cols) = (mr.min(m - pa * mr), nr.min(n - pb * nr));
-                        for i in 0..rows {
-                            sink.store_row(pa * mr + i, pb * nr, &tile.0[i * nr..i * nr + cols]);
+        parallel_for(
+            blocks * groups,
+            if m * n * k < 64 * 64 * 64 { usize::MAX } else { 1 },
+            |range| {
+                let mut tile = Tile([0.0; TILE]);
+                for piece in range {
+                    let (block, group) = (piece / groups, piece % groups);
+                    for pa in group * 16..((group + 1) * 16).min(panels_a) {
+                        let panel_a = &space_a[pa * size_a..(pa + 1) * size_a];
+                        for pb in block * per_block..((block + 1) * per_block).min(panels_b) {
+                            let panel_b = &space_b[pb * size_b..(pb + 1) * size_b];
+                            kernel.run(k, panel_a, panel_b, &mut tile.0);
+                            let (rows, cols) = (mr.min(m - pa * mr), nr.min(n - pb * nr));
+                            for i in 0..rows {
+                                sink.store_row(
+                                    pa * mr + i,
+                                    pb * nr,
+                                    &tile.0[i * nr..i * nr + cols],
+                                );
+                            }
                         }
                     }
                 }
-            }
-        });
+            },
+        );
     });
 }
 
@@ -306,41 +340,44 @@ impl<O: Float, E: Float> Sink<'_, O, E> {
         if self.col_stride == 1 {
             // SAFETY: every element of c is stored by exactly one piece.
             let out = unsafe { self.data.range(at..at + values.len()) };
-            if e.alpha == 1.0 && e.bias.is_none() && e.activation == Activation::None {
-                if e.accumulate {
-                    out.iter_mut().zip(values).for_each(|(o, v)| *o = O::from_f32(o.to_f32() + v));
-                } else {
-                    out.iter_mut().zip(values).for_each(|(o, v)| *o = O::from_f32(*v));
-                }
-                return;
-            }
-            for (j, (o, v)) in out.iter_mut().zip(values).enumerate() {
-                let y = self.finish(*v, col + j);
-                *o = O::from_f32(if e.accumulate { o.to_f32() + y } else { y });
-            }
-            return;
+            return store(e, col, values, out);
         }
         for (j, v) in values.iter().enumerate() {
             let at = at + j * self.col_stride;
             // SAFETY: every element of c is stored by exactly one piece.
             let out = unsafe { self.data.range(at..at + 1) };
-            let y = self.finish(*v, col + j);
+            let y = finish(e, *v, col + j);
             out[0] = O::from_f32(if e.accumulate { out[0].to_f32() + y } else { y });
         }
     }
+}
 
-    #[inline(always)]
-    fn finish(&self, v: f32, col: usize) -> f32 {
-        let e = &self.epilogue;
-        let x = e.alpha * v + e.bias.map_or(0.0, |b| b[col].to_f32());
-        match e.activation {
-            Activation::None => x,
-            Activation::Relu => x.max(0.0),
-            Activation::Silu => x * sigmoid(x),
-            Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
-            Activation::GeluTanh => {
-                0.5 * x * (1.0 + tanh(0.797_884_6 * (x + 0.044_715 * x * x * x)))
+simd! {
+    /// A contiguous part of a row, from column `col`.
+    fn store<O: Float, E: Float>(e: &Epilogue<'_, E>, col: usize, values: &[f32], out: &mut [O]) {
+        if e.alpha == 1.0 && e.bias.is_none() && e.activation == Activation::None {
+            if e.accumulate {
+                out.iter_mut().zip(values).for_each(|(o, v)| *o = O::from_f32(o.to_f32() + v));
+            } else {
+                out.iter_mut().zip(values).for_each(|(o, v)| *o = O::from_f32(*v));
             }
+            return;
         }
+        for (j, (o, v)) in out.iter_mut().zip(values).enumerate() {
+            let y = finish(e, *v, col + j);
+            *o = O::from_f32(if e.accumulate { o.to_f32() + y } else { y });
+        }
+    }
+}
+
+#[inline(always)]
+fn finish<E: Float>(e: &Epilogue<'_, E>, v: f32, col: usize) -> f32 {
+    let x = e.alpha * v + e.bias.map_or(0.0, |b| b[col].to_f32());
+    match e.activation {
+        Activation::None => x,
+        Activation::Relu => x.max(0.0),
+        Activation::Silu => x * sigmoid(x),
+        Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
+        Activation::GeluTanh => 0.5 * x * (1.0 + tanh(0.797_884_6 * (x + 0.044_715 * x * x * x))),
     }
 }

@@ -8,19 +8,28 @@ use crate::float::Float;
 use crate::isa::simd;
 
 /// Packs rows `first .. first + width` of `a` (zeros beyond its end) in the kernel's format.
-pub(super) fn panel<T: Float>(kernel: &Kernel, a: Mat<'_, T>, first: usize, width: usize, out: &mut [f32]) {
+pub(super) fn panel<T: Float>(
+    kernel: &Kernel,
+    a: Mat<'_, T>,
+    first: usize,
+    width: usize,
+    out: &mut [f32],
+) {
     let rows = width.min(a.rows - first);
     let data = &a.data[(first * a.row_stride).min(a.data.len())..];
     if kernel.pairs {
         pairs(data, [rows, a.cols, a.row_stride, a.col_stride], width, out);
     } else if a.row_stride == 1 {
         across(data, [rows, a.cols, a.col_stride], width, out);
+    } else if a.col_stride == 1 && T::NAME == "f32" && transpose::fits() {
+        transpose::rows(data, [rows, a.cols, a.row_stride], width, out);
     } else if a.col_stride == 1 {
         along(data, [rows, a.cols, a.row_stride], width, out);
     } else {
         for (k, step) in out.chunks_exact_mut(width).enumerate().take(a.cols) {
             for (i, o) in step.iter_mut().enumerate() {
-                *o = if i < rows { data[i * a.row_stride + k * a.col_stride].to_f32() } else { 0.0 };
+                *o =
+                    if i < rows { data[i * a.row_stride + k * a.col_stride].to_f32() } else { 0.0 };
             }
         }
     }
@@ -71,8 +80,20 @@ simd! {
 fn pairs<T: Float>(data: &[T], shape: [usize; 4], width: usize, out: &mut [f32]) {
     let [rows, depth, row_stride, col_stride] = shape;
     let data: &[bf16] = bytemuck::cast_slice(data);
+    if row_stride == 1 {
+        let bits: &[u16] = bytemuck::cast_slice(data);
+        return pairs_across(bits, [rows, depth, col_stride], width, bytemuck::cast_slice_mut(out));
+    }
+    // Contiguous rows: whole pairs are 32-bit words to transpose; an odd last step is left.
+    let done = match col_stride {
+        1 if transpose::fits() => {
+            transpose::rows(data, [rows, depth / 2, row_stride], width, out);
+            depth / 2
+        }
+        _ => 0,
+    };
     let out: &mut [u32] = bytemuck::cast_slice_mut(out);
-    for (pair, step) in out.chunks_exact_mut(width).enumerate().take(depth.div_ceil(2)) {
+    for (pair, step) in out.chunks_exact_mut(width).enumerate().take(depth.div_ceil(2)).skip(done) {
         let k = 2 * pair;
         let at = |i: usize, k: usize| -> u32 {
             if k < depth { u32::from(data[i * row_stride + k * col_stride].to_bits()) } else { 0 }
@@ -81,5 +102,115 @@ fn pairs<T: Float>(data: &[T], shape: [usize; 4], width: usize, out: &mut [f32])
             *o = at(i, k) | at(i, k + 1) << 16;
         }
         step[rows..].fill(0);
+    }
+}
+
+simd! {
+    /// Rows are neighbours: two steps are interleaved.
+    fn pairs_across(data: &[u16], shape: [usize; 3], width: usize, out: &mut [u32]) {
+        let [rows, depth, stride] = shape;
+        for (pair, step) in out.chunks_exact_mut(width).enumerate().take(depth.div_ceil(2)) {
+            let at = 2 * pair * stride;
+            let low = &data[at..at + rows];
+            if 2 * pair + 1 < depth {
+                let high = &data[at + stride..at + stride + rows];
+                for ((o, l), h) in step.iter_mut().zip(low).zip(high) {
+                    *o = u32::from(*l) | u32::from(*h) << 16;
+                }
+            } else {
+                for (o, l) in step.iter_mut().zip(low) {
+                    *o = u32::from(*l);
+                }
+            }
+            step[rows..].fill(0);
+        }
+    }
+}
+
+/// Transposition of 32-bit words in registers, sixteen by sixteen.
+mod transpose {
+    use crate::isa::{Isa, isa};
+
+    /// Has this machine the registers, and may they be used?
+    pub(super) fn fits() -> bool {
+        isa() >= Isa::Avx512
+    }
+
+    /// `out[k * width + i] = word k of row i` for `k < depth`, zeros for rows beyond the last.
+    /// Rows of 32-bit words lie `stride` elements of `T` apart.
+    pub(super) fn rows<T: bytemuck::Pod>(
+        data: &[T],
+        [rows, depth, stride]: [usize; 3],
+        width: usize,
+        out: &mut [f32],
+    ) {
+        assert!(out.len() >= width * depth && rows <= width);
+        if rows == 0 || depth == 0 {
+            return out[..width * depth].fill(0.0);
+        }
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        let stride = stride * size_of::<T>();
+        assert!((rows - 1) * stride + 4 * depth <= bytes.len());
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `fits` was asked before; rows and panel are in bounds by the assertions.
+        unsafe {
+            words(bytes.as_ptr(), [rows, depth, stride], width, out.as_mut_ptr());
+        }
+    }
+
+    /// # Safety
+    /// AVX-512F; `rows` rows of `depth` words, `stride` bytes apart; room for `depth * width`.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn words(data: *const u8, shape: [usize; 3], width: usize, out: *mut f32) {
+        use std::arch::x86_64::*;
+        let [rows, depth, stride] = shape;
+        for first in (0..width).step_by(16) {
+            let lanes = (width - first).min(16);
+            let stored = (u32::MAX >> (32 - lanes)) as u16;
+            for k in (0..depth).step_by(16) {
+                let steps = (depth - k).min(16);
+                let loaded = (u32::MAX >> (32 - steps)) as u16;
+                let mut r = [_mm512_setzero_ps(); 16];
+                for (i, r) in r.iter_mut().enumerate() {
+                    if first + i < rows {
+                        // SAFETY: masked to the words of the row, which are in bounds.
+                        *r = unsafe {
+                            let at = data.add((first + i) * stride + 4 * k).cast::<f32>();
+                            _mm512_maskz_loadu_ps(loaded, at)
+                        };
+                    }
+                }
+                let mut t = r;
+                for i in 0..8 {
+                    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+                }
+                for i in 0..4 {
+                    let d = |x: __m512| _mm512_castps_pd(x);
+                    let (a, b, e, f) =
+                        (d(t[4 * i]), d(t[4 * i + 1]), d(t[4 * i + 2]), d(t[4 * i + 3]));
+                    r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, e));
+                    r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, e));
+                    r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, f));
+                    r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, f));
+                }
+                // r[4 g + c] holds, in its four quarters q, word 4 q + c of rows 4 g .. 4 g + 4.
+                for c in 0..4 {
+                    let low = _mm512_shuffle_f32x4::<0x88>(r[c], r[4 + c]);
+                    let high = _mm512_shuffle_f32x4::<0xdd>(r[c], r[4 + c]);
+                    let low2 = _mm512_shuffle_f32x4::<0x88>(r[8 + c], r[12 + c]);
+                    let high2 = _mm512_shuffle_f32x4::<0xdd>(r[8 + c], r[12 + c]);
+                    t[c] = _mm512_shuffle_f32x4::<0x88>(low, low2);
+                    t[8 + c] = _mm512_shuffle_f32x4::<0xdd>(low, low2);
+                    t[4 + c] = _mm512_shuffle_f32x4::<0x88>(high, high2);
+                    t[12 + c] = _mm512_shuffle_f32x4::<0xdd>(high, high2);
+                }
+                for (l, t) in t.iter().enumerate().take(steps) {
+                    // SAFETY: masked to the panel's width; step `k + l` is in bounds.
+                    unsafe { _mm512_mask_storeu_ps(out.add((k + l) * width + first), stored, *t) };
+                }
+            }
+        }
     }
 }

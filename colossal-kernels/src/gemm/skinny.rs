@@ -15,7 +15,11 @@ pub(super) fn fits<T: Float>(a: &Mat<'_, T>, b: &Mat<'_, T>) -> bool {
 }
 
 /// `a [m, k]` times the transpose of rows `[n, k]`.
-pub(super) fn gemm<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O, E>) {
+pub(super) fn gemm<T: Float, O: Float, E: Float>(
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    sink: &Sink<'_, O, E>,
+) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let grain = (65536 / (m * k).max(1)).max(4).next_multiple_of(4);
     parallel_for(n.div_ceil(4), grain.div_ceil(4), |quads| {
