@@ -3,7 +3,7 @@
 
 use super::{Mat, Sink};
 use crate::float::Float;
-use crate::isa::simd;
+use crate::isa::{Isa, isa, simd};
 use crate::threads::parallel_for;
 
 /// Rows up to which reading the weights again costs less than packing them.
@@ -22,6 +22,7 @@ pub(super) fn gemm<T: Float, O: Float, E: Float>(
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let grain = (65536 / (m * k).max(1)).max(4).next_multiple_of(4);
+    let pairs = T::NAME == "bf16" && isa() == Isa::Avx512Bf16;
     parallel_for(n.div_ceil(4), grain.div_ceil(4), |quads| {
         for quad in quads {
             let first = 4 * quad;
@@ -39,7 +40,9 @@ pub(super) fn gemm<T: Float, O: Float, E: Float>(
                     &a.data[at..at + k]
                 };
                 let mut sums = [[0.0; 4]; 4];
-                if rows == 1 {
+                if pairs {
+                    pairs::dots(rows, [row(0), row(1), row(2), row(3)], b4, &mut sums);
+                } else if rows == 1 {
                     dots::<T>(row(0), b4, &mut sums[0]);
                 } else {
                     dots4::<T>([row(0), row(1), row(2), row(3)], b4, &mut sums);
@@ -96,6 +99,64 @@ simd! {
                     .sum();
                 out[i][j] = acc.iter().sum::<f32>() + rest;
             }
+        }
+    }
+}
+
+/// bf16 through `vdpbf16ps`, two products a lane.
+mod pairs {
+    use crate::float::Float;
+
+    /// `out[r][j] = a[r] . b[j]` for the first `rows` rows. Only where the machine has
+    /// AVX-512 BF16 and `T` is bf16.
+    pub(super) fn dots<T: Float>(rows: usize, a: [&[T]; 4], b: [&[T]; 4], out: &mut [[f32; 4]; 4]) {
+        let k = a[0].len();
+        assert!(size_of::<T>() == 2 && a.iter().chain(&b).all(|x| x.len() == k));
+        #[cfg(target_arch = "x86_64")]
+        {
+            let a = a.map(|x| x.as_ptr().cast::<i16>());
+            let b = b.map(|x| x.as_ptr().cast::<i16>());
+            // SAFETY: the caller has found AVX-512 BF16; all rows hold `k` 16-bit elements.
+            unsafe {
+                match rows {
+                    1 => x86::<1>(a, b, k, out),
+                    2 => x86::<2>(a, b, k, out),
+                    _ => x86::<4>(a, b, k, out),
+                }
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (rows, out);
+    }
+
+    /// # Safety
+    /// AVX-512 F, BW and BF16; every pointer leads to `k` bf16.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn x86<const R: usize>(
+        a: [*const i16; 4],
+        b: [*const i16; 4],
+        k: usize,
+        out: &mut [[f32; 4]; 4],
+    ) {
+        use std::arch::x86_64::*;
+        let mut acc = [[_mm512_setzero_ps(); 4]; R];
+        for at in (0..k).step_by(32) {
+            let mask = u32::MAX >> (32 - (k - at).min(32));
+            let load = |p: *const i16| -> __m512bh {
+                // SAFETY: masked to the row's end; the types are 512 bits without invalid values.
+                unsafe { std::mem::transmute(_mm512_maskz_loadu_epi16(mask, p.add(at))) }
+            };
+            let y = b.map(load);
+            for (acc, a) in acc.iter_mut().zip(a) {
+                let x = load(a);
+                for (acc, y) in acc.iter_mut().zip(y) {
+                    *acc = _mm512_dpbf16_ps(*acc, x, y);
+                }
+            }
+        }
+        for (out, acc) in out.iter_mut().zip(acc) {
+            *out = acc.map(|x| _mm512_reduce_add_ps(x));
         }
     }
 }
