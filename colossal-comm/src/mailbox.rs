@@ -38,34 +38,45 @@ impl Mailbox {
         number
     }
 
-    /// Waits until post `number` has been taken. `stop` is asked every so often.
+    /// Waits until post `number` has been taken. `stop` is asked every so often, without the
+    /// lock: it may wake everybody.
     pub(crate) fn until_taken<E>(
         &self,
         number: u64,
         mut stop: impl FnMut() -> Option<E>,
     ) -> Result<(), E> {
-        let mut state = self.lock();
         loop {
+            let mut state = self.lock();
+            if state.taken <= number {
+                state = self.wait(state);
+            }
             if state.taken > number {
                 return Ok(());
             }
+            drop(state);
             if let Some(e) = stop() {
-                // Withdraw: after this nobody reads the buffer.
+                let mut state = self.lock();
+                if state.taken > number {
+                    return Ok(());
+                }
+                // Withdrawn: after this nobody reads the buffer.
                 state.posts.retain(|p| p.number != number);
                 return Err(e);
             }
-            state = self.wait(state);
         }
     }
 
-    /// Waits for a post and copies it with `copy` while the sender waits.
+    /// Waits for a post and copies it with `copy` while the sender waits; `stop` as above.
     pub(crate) fn take<R, E>(
         &self,
         copy: impl FnOnce(Post) -> R,
         mut stop: impl FnMut() -> Option<E>,
     ) -> Result<R, E> {
-        let mut state = self.lock();
         loop {
+            let mut state = self.lock();
+            if state.posts.is_empty() {
+                state = self.wait(state);
+            }
             // Copying under the lock keeps the sender from withdrawing meanwhile.
             if let Some(post) = state.posts.pop_front() {
                 let result = copy(post);
@@ -73,10 +84,10 @@ impl Mailbox {
                 self.changed.notify_all();
                 return Ok(result);
             }
+            drop(state);
             if let Some(e) = stop() {
                 return Err(e);
             }
-            state = self.wait(state);
         }
     }
 
