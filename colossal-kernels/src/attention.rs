@@ -197,6 +197,25 @@ pub fn flash_attention<T: Float>(
     });
 }
 
+/// Rows that a stream of keys is asked for before it is read: a head's rows lie too far apart
+/// for the machine to see the stream itself.
+const AHEAD: usize = 12;
+
+/// Asks for `len` elements from `at`; beyond the end nothing happens.
+#[inline(always)]
+fn prefetch<T>(x: &[T], at: usize, len: usize) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if let Some(row) = x.get(at..at + len) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        for line in (0..size_of_val(row)).step_by(64) {
+            // SAFETY: the line begins inside the row.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().cast::<i8>().add(line)) };
+        }
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = (x, at, len);
+}
+
 /// One query against a stream of keys: decoding.
 fn one_query<T: Float>(
     s: &AttentionShape<'_>,
@@ -211,6 +230,7 @@ fn one_query<T: Float>(
     simd! { fn scores<T: Float>(q: &[T], k: &[T], stride: usize, scale: f32, out: &mut [f32]) {
         let d = q.len();
         for (j, o) in out.iter_mut().enumerate() {
+            prefetch(k, (j + AHEAD) * stride, d);
             let k = &k[j * stride..j * stride + d];
             let mut lanes = [0.0f32; 16];
             let whole = d / 16 * 16;
@@ -225,6 +245,7 @@ fn one_query<T: Float>(
     } }
     simd! { fn weigh<T: Float>(p: &[f32], v: &[T], stride: usize, acc: &mut [f32]) {
         for (j, p) in p.iter().enumerate() {
+            prefetch(v, (j + AHEAD) * stride, acc.len());
             for (a, v) in acc.iter_mut().zip(&v[j * stride..]) {
                 *a += p * v.to_f32();
             }
