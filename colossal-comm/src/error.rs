@@ -9,7 +9,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// Ranks did not arrive in time.
-    #[error("{op} (call {sequence}): rank {rank} waited {seconds} s for rank(s) {missing:?}; {doing}")]
+    #[error(
+        "{op} (call {sequence}): rank {rank} waited {seconds} s for rank(s) {missing:?}; {doing}"
+    )]
     Timeout {
         /// What was called.
         op: String,
@@ -25,7 +27,9 @@ pub enum Error {
         doing: String,
     },
     /// Ranks called different things.
-    #[error("call {sequence}: rank {left_rank} called {left}, rank {right_rank} called {right}; every rank must call the same collective with the same type and length")]
+    #[error(
+        "call {sequence}: rank {left_rank} called {left}, rank {right_rank} called {right}; every rank must call the same collective with the same type and length"
+    )]
     Mismatch {
         /// Which call of this group it was.
         sequence: u64,

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -62,8 +62,11 @@ pub(crate) struct Shared {
     failed: AtomicBool,
     failure: Mutex<Option<Error>>,
     mail: Vec<Mailbox>,
-    children: Mutex<HashMap<(u64, usize), [Arc<Shared>; 2]>>,
+    children: Mutex<HashMap<(u64, usize), Pair>>,
 }
+
+/// The rendezvous of blocking collectives, and that of those in flight.
+type Pair = [Arc<Shared>; 2];
 
 const HERE: u8 = 0;
 const LEFT: u8 = 1;
@@ -263,7 +266,12 @@ unsafe fn reduce<T: Element>(
 
 /// The verbs, on a rank of a shared state: what both the blocking and the in-flight forms run.
 impl Shared {
-    pub(crate) fn all_reduce<T: Element>(&self, rank: usize, buf: &mut [T], op: ReduceOp) -> Result<()> {
+    pub(crate) fn all_reduce<T: Element>(
+        &self,
+        rank: usize,
+        buf: &mut [T],
+        op: ReduceOp,
+    ) -> Result<()> {
         let (len, n) = (buf.len(), self.ranks);
         let call = Call { verb: Verb::AllReduce, dtype: T::NAME, len, op: Some(op), root: None };
         let address = buf.as_mut_ptr() as usize;
@@ -290,7 +298,8 @@ impl Shared {
         op: ReduceOp,
     ) -> Result<()> {
         let (len, part) = (input.len(), output.len());
-        let call = Call { verb: Verb::ReduceScatter, dtype: T::NAME, len, op: Some(op), root: None };
+        let call =
+            Call { verb: Verb::ReduceScatter, dtype: T::NAME, len, op: Some(op), root: None };
         self.collective(rank, call, input.as_ptr() as usize, |posts| {
             let sources: Vec<usize> = posts.iter().map(|p| p.input).collect();
             let range = rank * part..(rank + 1) * part;
@@ -305,18 +314,30 @@ impl Shared {
         })
     }
 
-    pub(crate) fn all_gather<T: Element>(&self, rank: usize, input: &[T], output: &mut [T]) -> Result<()> {
+    pub(crate) fn all_gather<T: Element>(
+        &self,
+        rank: usize,
+        input: &[T],
+        output: &mut [T],
+    ) -> Result<()> {
         let len = input.len();
         let call = Call { verb: Verb::AllGather, dtype: T::NAME, len, op: None, root: None };
         self.collective(rank, call, input.as_ptr() as usize, |posts| {
             for (part, post) in output.chunks_mut(len.max(1)).zip(posts) {
                 // SAFETY: every rank posted `len` elements, unchanged until the second barrier.
-                part.copy_from_slice(unsafe { std::slice::from_raw_parts(post.input as *const T, len) });
+                part.copy_from_slice(unsafe {
+                    std::slice::from_raw_parts(post.input as *const T, len)
+                });
             }
         })
     }
 
-    pub(crate) fn all_to_all<T: Element>(&self, rank: usize, input: &[T], output: &mut [T]) -> Result<()> {
+    pub(crate) fn all_to_all<T: Element>(
+        &self,
+        rank: usize,
+        input: &[T],
+        output: &mut [T],
+    ) -> Result<()> {
         let (len, n) = (input.len(), self.ranks);
         let call = Call { verb: Verb::AllToAll, dtype: T::NAME, len, op: None, root: None };
         let part = len / n;
@@ -400,7 +421,12 @@ impl Group {
     ///
     /// # Errors
     /// [`Error::Argument`] unless `input` is `world_size` times as long as `output`.
-    pub fn reduce_scatter<T: Element>(&self, input: &[T], output: &mut [T], op: ReduceOp) -> Result<()> {
+    pub fn reduce_scatter<T: Element>(
+        &self,
+        input: &[T],
+        output: &mut [T],
+        op: ReduceOp,
+    ) -> Result<()> {
         self.times("reduce_scatter", "input", input.len(), "output", output.len())?;
         self.count(Verb::ReduceScatter, self.share::<T>(input.len()));
         if self.world_size() == 1 {
@@ -562,7 +588,9 @@ impl Group {
             }
             // SAFETY: the sender's buffer of `len` elements stays valid and unchanged until it is
             // told that the post was taken, which happens after this copy.
-            buf.copy_from_slice(unsafe { std::slice::from_raw_parts(post.address as *const T, len) });
+            buf.copy_from_slice(unsafe {
+                std::slice::from_raw_parts(post.address as *const T, len)
+            });
             Ok(())
         };
         let mailbox = &shared.mail[from * shared.ranks + rank];
@@ -617,7 +645,10 @@ impl Group {
             .lock()
             .entry(key)
             .or_insert_with(|| {
-                [Shared::new(members.len(), shared.config), Shared::new(members.len(), shared.config)]
+                [
+                    Shared::new(members.len(), shared.config),
+                    Shared::new(members.len(), shared.config),
+                ]
             })
             .clone();
         // Everybody has a handle: the registry may forget it.
@@ -640,7 +671,12 @@ impl Group {
     }
 
     /// [`Group::reduce_scatter`] in flight: both buffers come back.
-    pub fn reduce_scatter_start<T, B, C>(&self, input: B, mut output: C, op: ReduceOp) -> Pending<(B, C)>
+    pub fn reduce_scatter_start<T, B, C>(
+        &self,
+        input: B,
+        mut output: C,
+        op: ReduceOp,
+    ) -> Pending<(B, C)>
     where
         T: Element,
         B: AsRef<[T]> + Send + 'static,
@@ -713,7 +749,7 @@ impl Group {
 
     fn exchange(&self, input: usize, output: usize) -> Result<()> {
         let n = self.world_size();
-        if input == output && input % n == 0 {
+        if input == output && input.is_multiple_of(n) {
             return Ok(());
         }
         let reason = format!(

@@ -23,7 +23,10 @@ impl<B> Pending<B> {
     /// What the blocking form would have returned; the buffer is then lost.
     pub fn wait(self) -> Result<B> {
         self.0.recv().unwrap_or_else(|_| {
-            Err(Error::Argument { op: "wait", reason: "the rank's in-flight thread is gone".into() })
+            Err(Error::Argument {
+                op: "wait",
+                reason: "the rank's in-flight thread is gone".into(),
+            })
         })
     }
 

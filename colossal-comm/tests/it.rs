@@ -40,7 +40,8 @@ fn every_verb_equals_its_definition() {
                     g.reduce(&mut x, op, n - 1).unwrap();
                     assert_eq!(x, if me == n - 1 { whole } else { mine.clone() });
                 }
-                let all: Vec<f32> = (0..n).flat_map(|r| (0..part).map(move |i| value(r, i))).collect();
+                let all: Vec<f32> =
+                    (0..n).flat_map(|r| (0..part).map(move |i| value(r, i))).collect();
                 let mut x = vec![0.0; len];
                 g.all_gather(&mine[..part], &mut x).unwrap();
                 assert_eq!(x, all);
@@ -126,12 +127,17 @@ fn split_and_mesh_make_the_groups_they_say() {
         let odd = g.split(g.rank() % 2).unwrap();
         assert_eq!((odd.rank(), odd.world_size()), (g.rank() / 2, 3));
         let mesh = Mesh::new(&g, &[("dp", 3), ("tp", 2)]).unwrap();
-        assert_eq!((mesh.coord("dp").unwrap(), mesh.coord("tp").unwrap()), (g.rank() / 2, g.rank() % 2));
+        assert_eq!(
+            (mesh.coord("dp").unwrap(), mesh.coord("tp").unwrap()),
+            (g.rank() / 2, g.rank() % 2)
+        );
         let mut x = [g.rank() as u32];
         mesh.group("dp").unwrap().all_reduce(&mut x, ReduceOp::Sum).unwrap();
         assert_eq!(x[0], if g.rank() % 2 == 0 { 6 } else { 9 });
         assert!(mesh.group("pp").unwrap_err().to_string().contains("[\"dp\", \"tp\"]"));
-        assert!(Mesh::new(&g, &[("dp", 4)]).unwrap_err().to_string().contains("4 places for 6 ranks"));
+        assert!(
+            Mesh::new(&g, &[("dp", 4)]).unwrap_err().to_string().contains("4 places for 6 ranks")
+        );
     });
 }
 
@@ -167,7 +173,10 @@ fn a_mismatch_is_an_error_on_every_rank_that_names_both() {
         let e = e.expect("an error on every rank");
         assert!(e.is_mismatch());
         let text = e.to_string();
-        assert!(text.contains("all_reduce(4 x f32, Sum)") && text.contains("all_reduce(5 x f32, Sum)"), "{text}");
+        assert!(
+            text.contains("all_reduce(4 x f32, Sum)") && text.contains("all_reduce(5 x f32, Sum)"),
+            "{text}"
+        );
     }
 }
 
@@ -183,7 +192,10 @@ fn a_time_out_names_who_is_missing_and_what_it_did_last() {
     });
     for e in &errors {
         let text = e.as_ref().expect("an error on every rank").to_string();
-        assert!(text.contains("[1]") && text.contains("all_reduce") && text.contains("barrier"), "{text}");
+        assert!(
+            text.contains("[1]") && text.contains("all_reduce") && text.contains("barrier"),
+            "{text}"
+        );
     }
     assert_eq!(errors[0], errors[2]);
 }

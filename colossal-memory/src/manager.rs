@@ -189,7 +189,8 @@ impl<K: Eq + Hash + Clone + Debug, S: Space> ChunkManager<K, S> {
             // A chunk that changes places with the one coming in needs no extra slow room.
             let leaving = matches!(self.chunks[for_chunk.0].memory, Some((Tier::Slow, _)));
             let slow_after = self.stats.slow_bytes + bytes - if leaving { bytes } else { 0 };
-            let full = |tier, in_use| Error::Full { tier, bytes, budget: self.budget.of(tier), in_use };
+            let full =
+                |tier, in_use| Error::Full { tier, bytes, budget: self.budget.of(tier), in_use };
             let Some(victim) = victim else {
                 return Err(full(Tier::Fast, self.stats.fast_bytes));
             };

@@ -15,7 +15,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let arg = |i: usize, default: &str| args.get(i).map_or(default.to_string(), Clone::clone);
     let config = match arg(0, "llama").as_str() {
-        "gpt" => DecoderConfig::Gpt2(Gpt2Config { n_positions: 256, ..Gpt2Config::sized(8192, 512, 8, 8) }),
+        "gpt" => DecoderConfig::Gpt2(Gpt2Config {
+            n_positions: 256,
+            ..Gpt2Config::sized(8192, 512, 8, 8)
+        }),
         _ => DecoderConfig::Llama(LlamaConfig {
             num_key_value_heads: 4,
             intermediate_size: 1376,

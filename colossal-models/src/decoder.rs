@@ -32,7 +32,7 @@ pub struct Tokens {
 impl Tokens {
     /// Sequences of equal length `seq`, row after row, all real, positions from 0.
     pub fn new(scope: &Scope, ids: &[i32], seq: usize) -> Result<Tokens> {
-        let batch = if seq == 0 { 0 } else { ids.len() / seq };
+        let batch = ids.len().checked_div(seq).unwrap_or(0);
         Ok(Tokens {
             ids: scope.batch(ids, &[batch, seq])?,
             positions: Arc::new((0..batch).flat_map(|_| 0..seq as i32).collect()),
@@ -53,12 +53,20 @@ impl Tokens {
     }
 
     /// Attention of a layer: over the cache in generation, within the sequence otherwise.
-    pub(crate) fn attend(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    pub(crate) fn attend(
+        &self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Tensor> {
         match &self.cache {
             None => q.attention(k, v, &self.mask),
             Some((cache, added)) => cache
                 .lock()
-                .map_err(|_| Error::Other("an earlier layer panicked while it held the cache".into()))?
+                .map_err(|_| {
+                    Error::Other("an earlier layer panicked while it held the cache".into())
+                })?
                 .attend(layer, q, k, v, added, self.mask.window),
         }
     }

@@ -30,7 +30,14 @@ pub struct Sampling {
 
 impl Default for Sampling {
     fn default() -> Sampling {
-        Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 128, stop: vec![], seed: 0 }
+        Sampling {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            max_new_tokens: 128,
+            stop: vec![],
+            seed: 0,
+        }
     }
 }
 
@@ -59,7 +66,9 @@ pub fn generate(
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let limit = model.config.max_positions();
     if let Some(bad) = prompts.iter().position(Vec::is_empty) {
-        return Err(Error::Other(format!("generate: prompt {bad} is empty; give it at least one token")));
+        return Err(Error::Other(format!(
+            "generate: prompt {bad} is empty; give it at least one token"
+        )));
     }
     if longest >= limit {
         return Err(Error::Other(format!(
@@ -130,9 +139,11 @@ fn forward(model: &CausalLm, new: &[Vec<i32>], cache: KvCache) -> Result<(Vec<f3
         dropout: None,
     });
     let logits = model.stack.forward(&tokens)?.redistribute(Region::Whole)?.to_vec()?;
-    let tokens = Arc::try_unwrap(tokens)
-        .map_err(|_| Error::Other("generate: a layer kept its input beyond the forward pass".into()))?;
-    let (cache, _) = tokens.cache.ok_or_else(|| Error::Other("generate: the cache is gone".into()))?;
+    let tokens = Arc::try_unwrap(tokens).map_err(|_| {
+        Error::Other("generate: a layer kept its input beyond the forward pass".into())
+    })?;
+    let (cache, _) =
+        tokens.cache.ok_or_else(|| Error::Other("generate: the cache is gone".into()))?;
     let mut cache =
         cache.into_inner().map_err(|_| Error::Other("generate: a layer panicked".into()))?;
     cache.advance(&added);
@@ -207,7 +218,9 @@ mod tests {
             assert!((count - p).abs() < 0.01, "{i}: {count} against {p}");
         }
         let only = |s: &Sampling| {
-            (0..200).map(|i| choose(&logits, s, stream.uniform(i)).0).collect::<std::collections::BTreeSet<_>>()
+            (0..200)
+                .map(|i| choose(&logits, s, stream.uniform(i)).0)
+                .collect::<std::collections::BTreeSet<_>>()
         };
         assert_eq!(only(&Sampling { top_k: 2, ..s.clone() }), [1, 2].into());
         assert_eq!(only(&Sampling { top_p: 0.5, ..s }), [2].into());

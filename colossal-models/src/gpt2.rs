@@ -164,7 +164,9 @@ impl Final {
             norm: LayerNorm::new(&t.at("ln_f"), embed, c.layer_norm_epsilon)?,
             head: match c.head {
                 Head::Lm => HeadLayer::Lm(Linear::tied(p.get("transformer.wte.weight")?)),
-                Head::Score => HeadLayer::Score(Linear::new(&p.at("score"), embed, Other(1), false)?),
+                Head::Score => {
+                    HeadLayer::Score(Linear::new(&p.at("score"), embed, Other(1), false)?)
+                }
             },
         })
     }

@@ -234,7 +234,9 @@ pub fn gather(
                 (source.shape(shape), fuse(&parts, shape, source.transposed))
             }
             Some(_) => continue,
-            None if source.transposed => (source.shape(shape), transpose(values, shape[0], shape[1])),
+            None if source.transposed => {
+                (source.shape(shape), transpose(values, shape[0], shape[1]))
+            }
             None => (shape.clone(), values.clone()),
         };
         files.insert(source.key, Owned::from_f32(&values, &stored, dtype)?);
@@ -270,7 +272,11 @@ pub fn save(model: &CausalLm, folder: &Path, shard_bytes: usize) -> Result<()> {
     write_weights(folder, tensors, shard_bytes)
 }
 
-fn write_weights(folder: &Path, tensors: BTreeMap<String, Owned>, shard_bytes: usize) -> Result<()> {
+fn write_weights(
+    folder: &Path,
+    tensors: BTreeMap<String, Owned>,
+    shard_bytes: usize,
+) -> Result<()> {
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
     let total: usize = tensors.values().map(|t| t.bytes.len()).sum();
     if total <= shard_bytes {
@@ -334,12 +340,16 @@ pub fn read_config(path: &Path) -> Result<DecoderConfig> {
 /// A sentence that names the key and the fix.
 pub fn parse_config(v: &Value) -> Result<DecoderConfig, String> {
     let number = |key: &str| -> Result<usize, String> {
-        v[key].as_u64().map(|n| n as usize).ok_or_else(|| format!("key {key} is missing or no number"))
+        v[key]
+            .as_u64()
+            .map(|n| n as usize)
+            .ok_or_else(|| format!("key {key} is missing or no number"))
     };
     let or = |key: &str, default: usize| v[key].as_u64().map_or(default, |n| n as usize);
     let float = |key: &str, default: f64| v[key].as_f64().unwrap_or(default);
     let flag = |key: &str, default: bool| v[key].as_bool().unwrap_or(default);
-    let scores = v["architectures"][0].as_str().is_some_and(|a| a.ends_with("SequenceClassification"));
+    let scores =
+        v["architectures"][0].as_str().is_some_and(|a| a.ends_with("SequenceClassification"));
     let head = if scores { Head::Score } else { Head::Lm };
     let positive = |n: usize, key: &str| match n {
         0 => Err(format!("key {key} must be positive")),
@@ -351,11 +361,18 @@ pub fn parse_config(v: &Value) -> Result<DecoderConfig, String> {
             let hidden = number("hidden_size")?;
             let kv = positive(or("num_key_value_heads", heads), "num_key_value_heads")?;
             if heads % kv != 0 {
-                return Err(format!("num_attention_heads {heads} is no multiple of num_key_value_heads {kv}"));
+                return Err(format!(
+                    "num_attention_heads {heads} is no multiple of num_key_value_heads {kv}"
+                ));
             }
             // transformers 5 writes rope_parameters; older files rope_theta and rope_scaling.
-            let rope = if v["rope_parameters"].is_object() { &v["rope_parameters"] } else { &v["rope_scaling"] };
-            let theta = rope["rope_theta"].as_f64().unwrap_or_else(|| float("rope_theta", 10_000.0));
+            let rope = if v["rope_parameters"].is_object() {
+                &v["rope_parameters"]
+            } else {
+                &v["rope_scaling"]
+            };
+            let theta =
+                rope["rope_theta"].as_f64().unwrap_or_else(|| float("rope_theta", 10_000.0));
             Ok(DecoderConfig::Llama(LlamaConfig {
                 vocab_size: positive(number("vocab_size")?, "vocab_size")?,
                 hidden_size: hidden,
@@ -396,7 +413,9 @@ pub fn parse_config(v: &Value) -> Result<DecoderConfig, String> {
                 head,
             }))
         }
-        Some(other) => Err(format!("model_type {other} is not known; this build knows llama and gpt2")),
+        Some(other) => {
+            Err(format!("model_type {other} is not known; this build knows llama and gpt2"))
+        }
         None => Err("key model_type is missing; it names the architecture, as \"llama\"".into()),
     }
 }
@@ -412,7 +431,9 @@ fn rope_scaling(v: &Value) -> Result<RopeScaling, String> {
             high: need("high_freq_factor")?,
             original: need("original_max_position_embeddings")?,
         }),
-        Some(other) => Err(format!("rope_type {other} is not known; known are default, linear, llama3")),
+        Some(other) => {
+            Err(format!("rope_type {other} is not known; known are default, linear, llama3"))
+        }
     }
 }
 

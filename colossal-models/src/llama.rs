@@ -53,7 +53,12 @@ pub struct LlamaConfig {
 
 impl LlamaConfig {
     /// A model of about `hidden_size² · 12 · layers` parameters with customary proportions.
-    pub fn sized(vocab_size: usize, hidden_size: usize, layers: usize, heads: usize) -> LlamaConfig {
+    pub fn sized(
+        vocab_size: usize,
+        hidden_size: usize,
+        layers: usize,
+        heads: usize,
+    ) -> LlamaConfig {
         LlamaConfig {
             vocab_size,
             hidden_size,

@@ -41,7 +41,8 @@ impl Schedule {
         let mut peak = held.clone();
         let mut spans = Vec::new();
         self.in_order(|rank, action| {
-            let ready = action.needs(self.stages).filter_map(|n| ends.get(&n)).fold(0.0, |a, b| b.max(a));
+            let ready =
+                action.needs(self.stages).filter_map(|n| ends.get(&n)).fold(0.0, |a, b| b.max(a));
             let start = free[rank].max(ready);
             let end = match action {
                 Action::Forward { .. } => {

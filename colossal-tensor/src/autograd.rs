@@ -287,7 +287,8 @@ impl Backward<'_> {
             Edge::Node(_) => {
                 let mut grad = Buffer::zeros::<f32>(like.shape.iter().product());
                 add(grad.as_mut_slice())?;
-                let grad = Tensor::wrap(&like.scope, grad, &like.shape, Dtype::F32, like.layout.dual());
+                let grad =
+                    Tensor::wrap(&like.scope, grad, &like.shape, Dtype::F32, like.layout.dual());
                 self.give(i, crate::no_grad(|| grad.to_dtype(like.dtype))?)
             }
         }
@@ -413,9 +414,10 @@ fn run(
                     continue;
                 }
                 // The last use: complete now, or when the queued part has been computed.
-                let queued = pass.deferred.as_mut().and_then(|d| {
-                    d.0.iter_mut().rev().find(|job| job.param.id() == param.id())
-                });
+                let queued = pass
+                    .deferred
+                    .as_mut()
+                    .and_then(|d| d.0.iter_mut().rev().find(|job| job.param.id() == param.id()));
                 match queued {
                     Some(job) => job.last = true,
                     None => pass.sink.complete(param)?,

@@ -111,7 +111,12 @@ impl Error {
     }
 
     #[cold]
-    pub(crate) fn layout(op: &'static str, axis: &str, operands: &[&Layout], index: usize) -> Error {
+    pub(crate) fn layout(
+        op: &'static str,
+        axis: &str,
+        operands: &[&Layout],
+        index: usize,
+    ) -> Error {
         let operands = operands.iter().map(|l| l[index]).collect();
         Error::Layout { op, axis: axis.to_string(), operands }
     }

@@ -9,12 +9,25 @@ use crate::tensor::{Scope, Tensor};
 /// What one rank of the pretended mesh would hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
-    /// Each parameter: its name, whole shape, this rank's shape and its placements by axis.
-    pub params: Vec<(String, Vec<usize>, Vec<usize>, Vec<String>)>,
+    /// Each parameter, in order of construction.
+    pub params: Vec<Held>,
     /// Parameter elements on one rank.
     pub local_elements: usize,
     /// Parameter elements of the whole model.
     pub global_elements: usize,
+}
+
+/// One rank's part of a parameter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// Its name.
+    pub name: String,
+    /// The shape of the whole.
+    pub global_shape: Vec<usize>,
+    /// The shape of the part.
+    pub shape: Vec<usize>,
+    /// Its placement along each axis, as `tp:Shard(0)`.
+    pub layout: Vec<String>,
 }
 
 /// Runs `forward` once on a pretended mesh with these axes: every rule is applied, every shape
@@ -38,10 +51,13 @@ pub fn check(
         global_elements: all.iter().map(|p| count(&p.global_shape())).sum(),
         params: all
             .iter()
-            .map(|p| {
-                let layout =
-                    (0..axes.len()).map(|a| format!("{}:{}", axes[a].0, p.layout()[a])).collect();
-                (p.name().to_string(), p.global_shape(), p.shape().to_vec(), layout)
+            .map(|p| Held {
+                name: p.name().to_string(),
+                global_shape: p.global_shape(),
+                shape: p.shape().to_vec(),
+                layout: (0..axes.len())
+                    .map(|a| format!("{}:{}", axes[a].0, p.layout()[a]))
+                    .collect(),
             })
             .collect(),
     })

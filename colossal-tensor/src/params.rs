@@ -219,6 +219,12 @@ impl Lease {
         Lease { hold: Box::new(hold), bytes }
     }
 
+    /// A part of the payload, relative to its start.
+    pub(crate) fn narrow(self, range: Range<usize>) -> Lease {
+        let start = self.bytes.start + range.start;
+        Lease { bytes: start..start + range.len(), hold: self.hold }
+    }
+
     /// The payload.
     pub fn bytes(&self) -> &[u8] {
         &self.hold.held()[self.bytes.clone()]
@@ -279,8 +285,10 @@ impl Store for Flat {
     }
 
     fn update(&self, bytes: Range<usize>, write: &mut dyn FnMut(&mut [u8])) -> Result<(), String> {
-        let mut guard =
-            self.0.try_write().ok_or("its payload is in use; drop the values read from it first")?;
+        let mut guard = self
+            .0
+            .try_write()
+            .ok_or("its payload is in use; drop the values read from it first")?;
         write(&mut guard.as_mut_slice::<u8>()[bytes]);
         Ok(())
     }

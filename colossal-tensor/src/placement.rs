@@ -209,7 +209,7 @@ impl Sharding {
                 dims.iter().position(|d| role.shards.iter().any(|sharded| sharded.same_name(*d)));
             layout[axis] = match found {
                 Some(dim) if ranks > 1 => {
-                    if shape[dim] % ranks != 0 {
+                    if !shape[dim].is_multiple_of(ranks) {
                         return Err(Error::Divide {
                             what: format!("parameter {name}"),
                             dim,

@@ -6,8 +6,8 @@
 //! all placements are the same.
 
 use crate::error::{Error, Result};
-use crate::placement::Placement::{self, Invariant, Partial, Replicate, Shard};
 use crate::placement::Layout;
+use crate::placement::Placement::{self, Invariant, Partial, Replicate, Shard};
 use crate::tensor::{Scope, Tensor};
 
 /// Applies `rule` along every axis that has more than one rank.

@@ -17,9 +17,9 @@ impl Stream {
     /// The stream of a seed and a name.
     pub fn named(seed: u64, name: &str) -> Stream {
         // FNV-1a: stable between runs and machines, unlike the standard library's hasher.
-        let hash = name
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
+            (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
+        });
         Stream::new(seed, hash)
     }
 

@@ -177,7 +177,9 @@ fn moved<T: Element>(
             let (rows, inner) = (outer(shape, d), shape[d..].iter().product());
             if rows == 1 {
                 let out_slice = out.as_mut_slice::<T>();
-                group.reduce_scatter(values.as_slice::<T>(), out_slice, ReduceOp::Sum).map_err(comm)?;
+                group
+                    .reduce_scatter(values.as_slice::<T>(), out_slice, ReduceOp::Sum)
+                    .map_err(comm)?;
                 return Ok(out);
             }
             let mut by_rank = Buffer::new::<T>(len * n);

@@ -144,7 +144,9 @@ impl Entry<'_> {
     pub fn to_ints(&self) -> Result<Vec<i64>> {
         use safetensors::Dtype as D;
         match self.dtype {
-            D::I64 => Ok(self.bytes.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b)).collect()),
+            D::I64 => {
+                Ok(self.bytes.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b)).collect())
+            }
             D::I32 => Ok(self
                 .bytes
                 .as_chunks::<4>()
@@ -224,7 +226,8 @@ pub fn save(
 
 /// Writes a file so that it is whole or absent: temporary name, sync, rename.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let fail = |e: std::io::Error| Error::File { path: path.display().to_string(), reason: e.to_string() };
+    let fail =
+        |e: std::io::Error| Error::File { path: path.display().to_string(), reason: e.to_string() };
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).map_err(fail)?;
     let mut file = tempfile::NamedTempFile::new_in(folder).map_err(fail)?;

@@ -80,8 +80,7 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let kept =
-            CACHE.try_with(|c| c.borrow_mut().put(self.ptr, self.capacity)).unwrap_or(false);
+        let kept = CACHE.try_with(|c| c.borrow_mut().put(self.ptr, self.capacity)).unwrap_or(false);
         if !kept {
             release(self.ptr, self.capacity);
         }
@@ -208,7 +207,8 @@ fn size_class(bytes: usize) -> usize {
 }
 
 fn block(capacity: usize) -> Layout {
-    Layout::from_size_align(capacity, ALIGN).expect("a tensor is smaller than half the address space")
+    Layout::from_size_align(capacity, ALIGN)
+        .expect("a tensor is smaller than half the address space")
 }
 
 fn allocate(capacity: usize) -> NonNull<u8> {
@@ -237,7 +237,9 @@ mod tests {
         };
         step();
         let before = memory_stats().system_allocations;
-        (0..10).for_each(|_| drop(step()));
+        for _ in 0..10 {
+            step();
+        }
         assert_eq!(memory_stats().system_allocations, before);
     }
 
@@ -245,7 +247,7 @@ mod tests {
     fn size_classes_waste_at_most_an_eighth() {
         for bytes in [1usize, 64, 65, 1000, 1 << 20, (1 << 20) + 1, 3_000_001] {
             let class = size_class(bytes);
-            assert!(class >= bytes && class % ALIGN == 0);
+            assert!(class >= bytes && class.is_multiple_of(ALIGN));
             assert!(class - bytes < ALIGN || (class - bytes) * 8 <= bytes, "{bytes} -> {class}");
         }
     }

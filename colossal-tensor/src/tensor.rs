@@ -100,8 +100,8 @@ struct Inner {
 enum Data {
     /// Elements `offset..offset + len` of a buffer.
     Owned(Arc<Buffer>, usize),
-    /// Behind a parameter's handle: reached through a guard, never kept.
-    Param(Arc<Param>),
+    /// Elements from an offset on behind a parameter's handle: reached through a guard, never kept.
+    Param(Arc<Param>, usize),
     /// On a pretended mesh.
     Fake,
 }
@@ -189,7 +189,7 @@ impl Tensor {
     }
 
     pub(crate) fn of_param(param: &Arc<Param>) -> Tensor {
-        let data = if param.scope().is_fake() { Data::Fake } else { Data::Param(param.clone()) };
+        let data = if param.scope().is_fake() { Data::Fake } else { Data::Param(param.clone(), 0) };
         let edge = crate::autograd::leaf(param);
         Tensor(Arc::new(Inner {
             scope: param.scope().clone(),
@@ -202,10 +202,17 @@ impl Tensor {
     }
 
     /// The same values under another edge, shape or layout: how ops attach their node.
-    pub(crate) fn rewrap(&self, shape: &[usize], layout: Layout, offset: usize, edge: Edge) -> Tensor {
+    pub(crate) fn rewrap(
+        &self,
+        shape: &[usize],
+        layout: Layout,
+        offset: usize,
+        edge: Edge,
+    ) -> Tensor {
         let data = match &self.0.data {
             Data::Owned(buffer, old) => Data::Owned(buffer.clone(), old + offset),
-            other => other.clone(),
+            Data::Param(param, old) => Data::Param(param.clone(), old + offset),
+            Data::Fake => Data::Fake,
         };
         Tensor(Arc::new(Inner {
             scope: self.0.scope.clone(),
@@ -321,7 +328,11 @@ impl Tensor {
                 let range = offset * size..(offset + self.len()) * size;
                 ValuesInner::Owned(buffer.clone(), range)
             }
-            Data::Param(param) => ValuesInner::Leased(param.lease()?),
+            Data::Param(param, offset) => {
+                let size = self.dtype().bytes();
+                let range = offset * size..(offset + self.len()) * size;
+                ValuesInner::Leased(param.lease()?.narrow(range))
+            }
             Data::Fake => return Err(Error::Fake("read")),
         }))
     }

@@ -116,8 +116,7 @@ impl Zero {
         if at + grad.len() > bucket.range.len() {
             return Err(refuse("crosses the end of its bucket; report parameters one by one"));
         }
-        let (buffer, filled) =
-            self.filling[i].get_or_insert_with(|| (vec![0.0; bucket.padded], 0));
+        let (buffer, filled) = self.filling[i].get_or_insert_with(|| (vec![0.0; bucket.padded], 0));
         buffer[at..at + grad.len()].iter_mut().zip(grad).for_each(|(b, g)| *b += g);
         *filled += 1;
         if *filled == bucket.segments {
@@ -135,7 +134,8 @@ impl Zero {
             }
             _ => {
                 let output = vec![0.0; part];
-                let pending = self.group.reduce_scatter_start::<f32, _, _>(buffer, output, ReduceOp::Sum);
+                let pending =
+                    self.group.reduce_scatter_start::<f32, _, _>(buffer, output, ReduceOp::Sum);
                 Flight::Scattered(i, pending)
             }
         });

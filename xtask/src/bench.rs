@@ -16,7 +16,7 @@ use crate::{cargo, run};
 pub(crate) struct Args {
     /// `train` for whole steps; any other name is a criterion bench; nothing runs everything.
     name: Option<String>,
-    /// A peer: python=<path to a Python with torch>.
+    /// A peer: `python=PATH` of a Python that has torch and transformers.
     #[arg(long)]
     peer: Option<String>,
     /// Turns each side takes.
@@ -45,11 +45,18 @@ fn train(args: &Args) -> Result<()> {
         Some(Some(("python", path))) => Some(path.to_string()),
         Some(_) => bail!("--peer takes python=<path to a Python that has torch>"),
     };
-    run(&cargo(), &["build", "--release", "-p", "colossal-models", "--example", "train_bench"], &[])?;
+    run(
+        &cargo(),
+        &["build", "--release", "-p", "colossal-models", "--example", "train_bench"],
+        &[],
+    )?;
     let target = std::env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| "target".into());
     let ours = format!("{target}/release/examples/train_bench");
     let threads = args.threads.to_string();
-    println!("\n{:<28} {:>12} {:>12} {:>8}", "training step, f32", "ours tok/s", "peer tok/s", "ratio");
+    println!(
+        "\n{:<28} {:>12} {:>12} {:>8}",
+        "training step, f32", "ours tok/s", "peer tok/s", "ratio"
+    );
     let mut rows = Vec::new();
     for model in ["gpt", "llama"] {
         let (mut mine, mut theirs, mut version) = (vec![], vec![], String::new());
@@ -91,9 +98,17 @@ fn keep(rows: &[Value]) -> Result<()> {
 }
 
 fn output(program: &str, args: &[&str]) -> Result<String> {
-    let out = Command::new(program).args(args).output().with_context(|| format!("cannot run {program}"))?;
+    let out = Command::new(program)
+        .args(args)
+        .output()
+        .with_context(|| format!("cannot run {program}"))?;
     if !out.status.success() {
-        bail!("{program} {}: {}\n{}", args.join(" "), out.status, String::from_utf8_lossy(&out.stderr));
+        bail!(
+            "{program} {}: {}\n{}",
+            args.join(" "),
+            out.status,
+            String::from_utf8_lossy(&out.stderr)
+        );
     }
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }

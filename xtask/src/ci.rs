@@ -45,7 +45,16 @@ pub(crate) fn ci(tested: bool) -> Result<()> {
     // Model-checked collectives: another configuration of the crate, in a folder of its own.
     run(
         &cargo,
-        &["test", "-p", "colossal-comm", "--lib", "--release", "--target-dir", "target/loom", "loom"],
+        &[
+            "test",
+            "-p",
+            "colossal-comm",
+            "--lib",
+            "--release",
+            "--target-dir",
+            "target/loom",
+            "loom",
+        ],
         &[("RUSTFLAGS", "--cfg loom")],
     )?;
     if exists("cargo-deny", "--version") {

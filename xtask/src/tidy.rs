@@ -67,7 +67,8 @@ fn graph(wrong: &mut Vec<String>) -> Result<()> {
         wrong.push(format!("members are {members:?}, the design names {wanted:?}"));
     }
     for package in metadata.workspace_packages() {
-        let allowed = GRAPH.iter().find(|(name, _)| *name == package.name.as_str()).map(|(_, a)| *a);
+        let allowed =
+            GRAPH.iter().find(|(name, _)| *name == package.name.as_str()).map(|(_, a)| *a);
         for dependency in &package.dependencies {
             let ours = members.contains(&dependency.name);
             let allowed = allowed.is_some_and(|a| a.contains(&dependency.name.as_str()));

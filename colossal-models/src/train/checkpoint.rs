@@ -44,7 +44,8 @@ pub fn save_checkpoint(trainer: &Trainer, folder: &Path) -> Result<()> {
     let mut tensors = BTreeMap::new();
     for (i, state) in trainer.states.iter().enumerate() {
         let len = [state.range.len()];
-        let parts = [("m", Some(&state.m)), ("v", Some(&state.v)), ("master", state.master.as_ref())];
+        let parts =
+            [("m", Some(&state.m)), ("v", Some(&state.v)), ("master", state.master.as_ref())];
         for (part, buffer) in parts {
             if let Some(buffer) = buffer {
                 let owned = Owned::from_f32(buffer.as_slice(), &len, Dtype::F32)?;
@@ -102,8 +103,11 @@ pub fn load_checkpoint(trainer: &mut Trainer, folder: &Path) -> Result<()> {
     let path = folder.join("optimizer").join(format!("rank-{:05}.safetensors", trainer.rank()));
     let archive = Archive::open(std::slice::from_ref(&path))?;
     for (i, piece) in trainer.states.iter_mut().enumerate() {
-        let parts =
-            [("m", Some(&mut piece.m)), ("v", Some(&mut piece.v)), ("master", piece.master.as_mut())];
+        let parts = [
+            ("m", Some(&mut piece.m)),
+            ("v", Some(&mut piece.v)),
+            ("master", piece.master.as_mut()),
+        ];
         for (part, buffer) in parts {
             let Some(buffer) = buffer else { continue };
             let name = format!("{i}.{part}");

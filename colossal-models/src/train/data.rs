@@ -74,7 +74,7 @@ impl Batch {
     /// # Errors
     /// When the number of sequences does not divide by `n`.
     pub fn part(&self, i: usize, n: usize) -> Result<Batch> {
-        if self.len() % n != 0 {
+        if !self.len().is_multiple_of(n) {
             return Err(Error::Other(format!(
                 "batch: {} sequences do not divide into {n} parts; make the batch size a multiple of \
                  dp x microbatches",

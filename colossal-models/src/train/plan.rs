@@ -116,7 +116,12 @@ impl Plan {
     /// Are the fields in range and do they go together?
     pub fn validate(&self) -> Result<()> {
         let refuse = |text: String| Err(Error::Other(format!("plan: {text}")));
-        for (name, value) in [("dp", self.dp), ("tp", self.tp), ("microbatches", self.microbatches), ("bucket_mib", self.bucket_mib)] {
+        for (name, value) in [
+            ("dp", self.dp),
+            ("tp", self.tp),
+            ("microbatches", self.microbatches),
+            ("bucket_mib", self.bucket_mib),
+        ] {
             if value == 0 {
                 return refuse(format!("{name} must be at least 1"));
             }
@@ -125,7 +130,9 @@ impl Plan {
             return refuse(format!("zero = {} is not built yet; use 0, 1 or 2", self.zero));
         }
         if self.sequence_parallel && self.tp == 1 {
-            return refuse("sequence_parallel cuts tokens over tp, which is 1; raise tp or turn it off".into());
+            return refuse(
+                "sequence_parallel cuts tokens over tp, which is 1; raise tp or turn it off".into(),
+            );
         }
         Ok(())
     }

@@ -140,7 +140,19 @@ impl Trainer {
             .collect();
         let by_id = slots.iter().enumerate().map(|(i, s)| (s.param.id(), i)).collect();
         let (plan, world) = (plan.clone(), world.clone());
-        Ok(Trainer { model, plan, optimizer, flat, slots, by_id, zero, states, step: 0, world, seed })
+        Ok(Trainer {
+            model,
+            plan,
+            optimizer,
+            flat,
+            slots,
+            by_id,
+            zero,
+            states,
+            step: 0,
+            world,
+            seed,
+        })
     }
 
     /// Steps done.

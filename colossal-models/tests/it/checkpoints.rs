@@ -4,7 +4,9 @@ use std::path::Path;
 
 use colossal_comm::on_ranks;
 use colossal_models::llama::LlamaConfig;
-use colossal_models::train::{AdamW, Batch, Plan, Precision, Trainer, load_checkpoint, save_checkpoint};
+use colossal_models::train::{
+    AdamW, Batch, Plan, Precision, Trainer, load_checkpoint, save_checkpoint,
+};
 use colossal_models::{DecoderConfig, Dtype, Group, Scope, hf};
 
 use crate::goldens::folder;
@@ -14,7 +16,8 @@ fn config() -> DecoderConfig {
 }
 
 fn batch(step: usize) -> Batch {
-    let rows: Vec<Vec<i32>> = (0..4).map(|r| (0..9).map(|t| ((r * 5 + t * (step + 2)) % 32) as i32).collect()).collect();
+    let rows: Vec<Vec<i32>> =
+        (0..4).map(|r| (0..9).map(|t| ((r * 5 + t * (step + 2)) % 32) as i32).collect()).collect();
     Batch::windows(&rows.iter().map(|r| &r[..]).collect::<Vec<_>>()).unwrap()
 }
 
@@ -24,7 +27,8 @@ fn a_resumed_run_is_bitwise_the_uninterrupted_one() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("checkpoint-3");
         let plan = Plan { dp: 2, zero: 2, precision, ..Plan::default() };
-        let new = |world: &Group| Trainer::new(world, &plan, &config(), AdamW::default(), 1).unwrap();
+        let new =
+            |world: &Group| Trainer::new(world, &plan, &config(), AdamW::default(), 1).unwrap();
         let straight = on_ranks(2, |world| {
             let mut t = new(&world);
             (0..6).map(|s| t.step(&batch(s)).unwrap().loss.to_bits()).collect::<Vec<_>>()
@@ -109,7 +113,8 @@ fn damaged_folders_are_refused_with_the_file_and_the_key() {
 fn a_failed_save_leaves_the_older_checkpoint_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("checkpoint");
-    let mut t = Trainer::new(&Group::solo(), &Plan::default(), &config(), AdamW::default(), 1).unwrap();
+    let mut t =
+        Trainer::new(&Group::solo(), &Plan::default(), &config(), AdamW::default(), 1).unwrap();
     save_checkpoint(&t, &path).unwrap();
     let before = std::fs::read(path.join("model.safetensors")).unwrap();
     t.step(&batch(0)).unwrap();
@@ -121,7 +126,8 @@ fn a_failed_save_leaves_the_older_checkpoint_as_it_was() {
 
 #[test]
 fn a_loss_that_is_not_finite_leaves_the_parameters_alone() {
-    let mut t = Trainer::new(&Group::solo(), &Plan::default(), &config(), AdamW::default(), 1).unwrap();
+    let mut t =
+        Trainer::new(&Group::solo(), &Plan::default(), &config(), AdamW::default(), 1).unwrap();
     let before: Vec<_> = t.model.params.all().iter().map(|p| p.to_vec().unwrap()).collect();
     let error = t
         .train(1, 1, |model, _| {

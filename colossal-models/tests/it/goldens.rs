@@ -71,8 +71,10 @@ fn loss_and_every_gradient_equal_transformers() {
         .unwrap();
         let mut compared = 0;
         for (key, Owned { bytes, .. }) in &gathered {
-            let theirs = golden.get(&format!("grad.{key}")).unwrap_or_else(|| panic!("{name}: {key}"));
-            let ours: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            let theirs =
+                golden.get(&format!("grad.{key}")).unwrap_or_else(|| panic!("{name}: {key}"));
+            let ours: Vec<f32> =
+                bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
             let off = worst(&ours, &theirs.to_vec().unwrap());
             assert!(off < 1e-4, "{name} {key}: {off}");
             compared += 1;
@@ -80,8 +82,6 @@ fn loss_and_every_gradient_equal_transformers() {
         assert_eq!(compared, golden.names().filter(|n| n.starts_with("grad.")).count(), "{name}");
     }
 }
-
-
 
 #[test]
 fn greedy_tokens_equal_transformers_for_prompts_of_unequal_length() {

@@ -19,11 +19,16 @@ fn llama() -> DecoderConfig {
 }
 
 fn gpt2() -> DecoderConfig {
-    DecoderConfig::Gpt2(Gpt2Config { n_positions: 32, resid_pdrop: 0.1, ..Gpt2Config::sized(32, 32, 2, 4) })
+    DecoderConfig::Gpt2(Gpt2Config {
+        n_positions: 32,
+        resid_pdrop: 0.1,
+        ..Gpt2Config::sized(32, 32, 2, 4)
+    })
 }
 
 fn batch(step: i32) -> Batch {
-    let row = |r: i32| -> Vec<i32> { (0..9).map(|t| (r * 7 + t * (3 + step) + t * t) % 32).collect() };
+    let row =
+        |r: i32| -> Vec<i32> { (0..9).map(|t| (r * 7 + t * (3 + step) + t * t) % 32).collect() };
     let rows: Vec<Vec<i32>> = (0..8).map(row).collect();
     // Unequal lengths and masks: the global token count is not a multiple of anything.
     let mask: Vec<Vec<bool>> = (0..8).map(|r| (0..9).map(|t| (t + r) % 4 != 0).collect()).collect();
@@ -48,7 +53,8 @@ fn optimizer() -> AdamW {
 }
 
 fn floats(map: BTreeMap<String, Owned>) -> BTreeMap<String, Vec<f32>> {
-    let read = |t: Owned| t.bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let read =
+        |t: Owned| t.bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
     map.into_iter().map(|(k, t)| (k, read(t))).collect()
 }
 
@@ -124,7 +130,11 @@ fn every_plan_equals_one_device() {
 }
 
 /// Gradients of one loss, whole, under HF names.
-fn gradients(world: &Group, plan: &Plan, config: &DecoderConfig) -> (f32, BTreeMap<String, Vec<f32>>) {
+fn gradients(
+    world: &Group,
+    plan: &Plan,
+    config: &DecoderConfig,
+) -> (f32, BTreeMap<String, Vec<f32>>) {
     let scope = plan.scope(world).unwrap();
     let mut model = colossal_models::CausalLm::new(&scope, config, 3, Dtype::F32).unwrap();
     model.stack = model.stack.recompute(plan.recompute);
@@ -154,7 +164,8 @@ fn every_gradient_of_every_plan_equals_one_device() {
     for (name, config) in [("llama", llama()), ("gpt2", gpt2())] {
         let (loss, one) = gradients(&Group::solo(), &Plan::default(), &config);
         for plan in table() {
-            for (parallel_loss, grads) in on_ranks(plan.ranks(), |w| gradients(&w, &plan, &config)) {
+            for (parallel_loss, grads) in on_ranks(plan.ranks(), |w| gradients(&w, &plan, &config))
+            {
                 assert!((parallel_loss - loss).abs() < 1e-5 * loss, "{name} {plan:?}");
                 for (key, values) in &grads {
                     close(&format!("{name} {plan:?} {key}"), values, &one[key], 2e-5);
@@ -181,8 +192,10 @@ fn bf16_follows_f32_and_learns() {
 #[test]
 fn plans_that_do_not_fit_say_what_would() {
     let refuse = |plan: Plan, ranks: usize| {
-        on_ranks(ranks, |w| Trainer::new(&w, &plan, &llama(), optimizer(), 0).unwrap_err().to_string())
-            .remove(0)
+        on_ranks(ranks, |w| {
+            Trainer::new(&w, &plan, &llama(), optimizer(), 0).unwrap_err().to_string()
+        })
+        .remove(0)
     };
     let text = refuse(Plan { dp: 3, ..Plan::default() }, 2);
     assert!(text.contains("dp 3") && text.contains("2 run"), "{text}");

@@ -31,10 +31,15 @@ impl Linear {
     }
 
     /// As [`Linear::new`], with another start for the weight.
-    pub fn with_init(p: &Params, input: Dim, output: Dim, bias: bool, init: Init) -> Result<Linear> {
+    pub fn with_init(
+        p: &Params,
+        input: Dim,
+        output: Dim,
+        bias: bool,
+        init: Init,
+    ) -> Result<Linear> {
         let weight = p.tensor("weight", &[output, input], init)?;
-        let bias =
-            bias.then(|| p.tensor("bias", &[output], Init::Constant(0.0))).transpose()?;
+        let bias = bias.then(|| p.tensor("bias", &[output], Init::Constant(0.0))).transpose()?;
         Ok(Linear { weight, bias })
     }
 

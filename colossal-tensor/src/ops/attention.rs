@@ -45,7 +45,8 @@ impl Tensor {
         same_dtype("attention", self, v)?;
         let layout = propagate("attention", &[self, k, v], propagate::attention)?;
         let sizes = [batch, q_len, kv_len, heads, kv_heads, head_dim];
-        let mut lse = Buffer::new::<f32>(if self.scope().is_fake() { 0 } else { batch * heads * q_len });
+        let mut lse =
+            Buffer::new::<f32>(if self.scope().is_fake() { 0 } else { batch * heads * q_len });
         let out = produce(self.scope(), self.shape(), self.dtype(), layout, |out| {
             float!("attention", self.dtype(), T => {
                 let (q, k, v) = (self.read::<T>()?, k.read::<T>()?, v.read::<T>()?);
@@ -175,7 +176,12 @@ impl KvCache {
         let (batch, q_len, heads, head_dim) = four("kv_cache", q)?;
         let (_, _, kv_heads, _) = four("kv_cache", k)?;
         if k.shape() != v.shape() || k.shape()[..2] != q.shape()[..2] || added.len() != batch {
-            return Err(Error::shape("kv_cache", q.shape(), k.shape(), "q, k, v of the same tokens"));
+            return Err(Error::shape(
+                "kv_cache",
+                q.shape(),
+                k.shape(),
+                "q, k, v of the same tokens",
+            ));
         }
         let layout = propagate("attention", &[q, k, v], propagate::attention)?;
         let row = kv_heads * head_dim;
@@ -198,10 +204,10 @@ impl KvCache {
                 });
                 for (cache, new) in [(&mut *kc, k), (&mut *vc, v)] {
                     let (cache, new) = (cache.as_mut_slice::<T>(), new.read::<T>()?);
-                    for b in 0..batch {
+                    for (b, added) in added.iter().enumerate() {
                         let to = b * stride + self.lengths[b] as usize * row;
                         let from = b * q_len * row;
-                        let len = added[b] as usize * row;
+                        let len = *added as usize * row;
                         cache[to..to + len].copy_from_slice(&new.as_slice::<T>()[from..from + len]);
                     }
                 }
@@ -228,7 +234,13 @@ impl KvCache {
     }
 
     /// Bytes of one layer's cache for a model, for planning.
-    pub fn bytes(batch: usize, capacity: usize, kv_heads: usize, head_dim: usize, dtype: Dtype) -> usize {
+    pub fn bytes(
+        batch: usize,
+        capacity: usize,
+        kv_heads: usize,
+        head_dim: usize,
+        dtype: Dtype,
+    ) -> usize {
         2 * batch * capacity * kv_heads * head_dim * dtype.bytes()
     }
 }

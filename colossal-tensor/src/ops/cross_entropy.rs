@@ -35,7 +35,11 @@ impl Tensor {
             return Err(Error::shape("cross_entropy", self.shape(), targets.shape(), reason));
         }
         if targets.dtype() != Dtype::I32 {
-            return Err(Error::Dtype { op: "cross_entropy", left: targets.dtype(), right: Dtype::I32 });
+            return Err(Error::Dtype {
+                op: "cross_entropy",
+                left: targets.dtype(),
+                right: Dtype::I32,
+            });
         }
         let last = outer.len();
         let layout = propagate("cross_entropy", &[&self, targets], |p| match (p[0], p[1]) {
@@ -43,7 +47,9 @@ impl Tensor {
             (Placement::Shard(d), Placement::Invariant | Placement::Replicate) if d == last => {
                 Some(Placement::Invariant)
             }
-            (Placement::Shard(d), Placement::Shard(e)) if d == e && d < last => Some(Placement::Shard(d)),
+            (Placement::Shard(d), Placement::Shard(e)) if d == e && d < last => {
+                Some(Placement::Shard(d))
+            }
             (Placement::Invariant, Placement::Invariant | Placement::Replicate) => {
                 Some(Placement::Invariant)
             }
@@ -61,7 +67,9 @@ impl Tensor {
         let global = self.global_shape()[last];
         let first = sharded.iter().fold(0, |first, axis| first + scope.coord(*axis) * vocab) as i32;
         let mut targets = targets.to_vec_of::<i32>()?;
-        if let Some(bad) = targets.iter().find(|t| **t != IGNORE && (**t < 0 || **t as usize >= global)) {
+        if let Some(bad) =
+            targets.iter().find(|t| **t != IGNORE && (**t < 0 || **t as usize >= global))
+        {
             return Err(Error::Other(format!(
                 "cross_entropy: target {bad} is outside the vocabulary of {global}; \
                  mark tokens without loss with {IGNORE}"
@@ -124,7 +132,8 @@ impl Tensor {
         if !self.requires_grad() {
             return Ok(y);
         }
-        let (shape, dtype, grad_layout) = (self.shape().to_vec(), self.dtype(), self.layout().dual());
+        let (shape, dtype, grad_layout) =
+            (self.shape().to_vec(), self.dtype(), self.layout().dual());
         // The logits are consumed: when the caller kept no other handle, backward overwrites them.
         let edges = vec![self.edge().clone()];
         let saved = self.with_edge(Edge::None);

@@ -75,7 +75,12 @@ impl Tensor {
     /// One row per sequence: `x [batch, seq, dim]` at `index[b]` gives `[batch, dim]`.
     pub fn take_rows(&self, index: &[usize]) -> Result<Tensor> {
         let &[batch, seq, dim] = self.shape() else {
-            return Err(Error::shape("take_rows", self.shape(), &[index.len()], "x is [batch, seq, dim]"));
+            return Err(Error::shape(
+                "take_rows",
+                self.shape(),
+                &[index.len()],
+                "x is [batch, seq, dim]",
+            ));
         };
         if index.len() != batch || index.iter().any(|i| *i >= seq) {
             let reason = "one index within seq per sequence";

@@ -16,7 +16,12 @@ impl Tensor {
     /// The gradient of the weight is a product of its own that can be deferred.
     pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let (k, &[n, wk]) = (self.last_dim(), weight.shape()) else {
-            return Err(Error::shape("linear", self.shape(), weight.shape(), "weight is [out, in]"));
+            return Err(Error::shape(
+                "linear",
+                self.shape(),
+                weight.shape(),
+                "weight is [out, in]",
+            ));
         };
         if k != wk || self.shape().is_empty() {
             let reason = "the last dim of x must equal the last dim of the weight";

@@ -12,8 +12,8 @@ mod reduce;
 mod reshape;
 mod rope;
 
-pub use cross_entropy::IGNORE;
 pub use attention::{AttentionMask, KvCache};
+pub use cross_entropy::IGNORE;
 pub use rope::RopeTable;
 
 use crate::dtype::Dtype;

@@ -52,7 +52,12 @@ impl Tensor {
     /// [`Error::Shape`] when sizes do not fit or a position lies beyond the table.
     pub fn rope(&self, positions: &Arc<Vec<i32>>, table: &RopeTable) -> Result<Tensor> {
         let &[batch, seq, heads, head_dim] = self.shape() else {
-            return Err(Error::shape("rope", self.shape(), &[], "x is [batch, seq, heads, head_dim]"));
+            return Err(Error::shape(
+                "rope",
+                self.shape(),
+                &[],
+                "x is [batch, seq, heads, head_dim]",
+            ));
         };
         if positions.len() != batch * seq || head_dim != 2 * table.0.half {
             let right = [positions.len(), 2 * table.0.half];
