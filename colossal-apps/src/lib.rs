@@ -1,5 +1,8 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+pub mod chat;
+pub mod dataset;
 pub mod doctor;
 pub mod model;
+pub mod tokenizer;

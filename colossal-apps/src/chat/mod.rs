@@ -1,0 +1,9 @@
+//! ColossalChat: supervised fine-tuning, reward models, PPO, and the pipeline of all three.
+//!
+//! The arithmetic is in small files of pure functions (`advantage`, `kl`, `policy_loss`,
+//! `reward_loss`); the loops read from top to bottom.
+
+pub mod advantage;
+pub mod kl;
+pub mod policy_loss;
+pub mod reward_loss;
