@@ -2,9 +2,10 @@
 //!
 //! A rank arrives by adding itself to a counter; the last one resets it and starts the next
 //! generation. Waiters look for a few microseconds (only when every rank can have a core), yield,
-//! then sleep on a condition variable. A waiter counts itself as a sleeper under the lock before
-//! it looks at the generation a last time, and the last arrival looks at the sleepers after it
-//! has changed the generation: one of them sees the other, so no wake-up is lost. Checked by loom.
+//! then sleep on a condition variable. A waiter counts itself as a sleeper and looks at the
+//! generation a last time under the lock; the last arrival takes the lock after it has changed
+//! the generation. Whoever is second sees what the first did, so no wake-up is lost; when nobody
+//! sleeps, nobody is woken. Checked by loom.
 
 #[cfg(loom)]
 use loom::sync::{
@@ -23,10 +24,10 @@ pub(crate) struct Barrier {
     ranks: usize,
     arrived: AtomicUsize,
     generation: AtomicU64,
-    sleepers: AtomicUsize,
     /// Generations each rank has arrived for: who is missing is who lags.
     progress: Vec<AtomicU64>,
-    lock: Mutex<()>,
+    /// How many sleep.
+    sleepers: Mutex<usize>,
     wake: Condvar,
     #[cfg_attr(loom, allow(dead_code))]
     spin: u32,
@@ -48,9 +49,8 @@ impl Barrier {
             ranks,
             arrived: AtomicUsize::new(0),
             generation: AtomicU64::new(0),
-            sleepers: AtomicUsize::new(0),
             progress: (0..ranks).map(|_| AtomicU64::new(0)).collect(),
-            lock: Mutex::new(()),
+            sleepers: Mutex::new(0),
             wake: Condvar::new(),
             spin: if ranks <= cores { 2000 } else { 0 },
         }
@@ -101,8 +101,8 @@ impl Barrier {
         let deadline = std::time::Instant::now() + timeout;
         #[cfg(loom)]
         let _ = timeout;
-        let mut guard = self.lock.lock().unwrap_or_else(|e| e.into_inner());
-        self.sleepers.fetch_add(1, SeqCst);
+        let mut guard = self.sleepers.lock().unwrap_or_else(|e| e.into_inner());
+        *guard += 1;
         let result = loop {
             if passed() {
                 break Ok(());
@@ -127,15 +127,14 @@ impl Barrier {
                 guard = self.wake.wait(guard).unwrap_or_else(|e| e.into_inner());
             }
         };
-        self.sleepers.fetch_sub(1, SeqCst);
-        drop(guard);
+        *guard -= 1;
         result
     }
 
     /// Wakes everybody who sleeps, to look again.
     pub(crate) fn wake_sleepers(&self) {
-        if self.sleepers.load(SeqCst) > 0 {
-            drop(self.lock.lock().unwrap_or_else(|e| e.into_inner()));
+        let anybody = *self.sleepers.lock().unwrap_or_else(|e| e.into_inner()) > 0;
+        if anybody {
             self.wake.notify_all();
         }
     }
