@@ -5,4 +5,5 @@ pub mod chat;
 pub mod dataset;
 pub mod doctor;
 pub mod model;
+pub mod report;
 pub mod tokenizer;

@@ -1,11 +1,13 @@
 //! The binary `colossal`.
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
-use colossal_apps::{doctor, model};
+use colossal_apps::chat::rlhf::{Outcome, RlhfConfig};
+use colossal_apps::{chat, doctor, model, report};
 use colossal_kernels::{Threads, threads};
 
 /// Large models, made cheaper: train, inspect and run them.
@@ -21,6 +23,17 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Fine-tune, train a reward model, align by PPO, and compare answers before and after.
+    ///
+    /// Without arguments it runs on the data of this repository, on two ranks, in a few minutes.
+    Rlhf {
+        /// A TOML file; every field has a default, and an unknown one is an error.
+        #[arg(long)]
+        config: Option<PathBuf>,
+        /// Where results go, instead of runs/rlhf.
+        #[arg(long)]
+        output_dir: Option<PathBuf>,
+    },
     /// Look at a checkpoint.
     #[command(subcommand)]
     Model(ModelCommand),
@@ -56,6 +69,9 @@ fn main() -> ExitCode {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     threads::set(Threads::new(cli.threads.unwrap_or(cores).max(1)));
     let result = match &cli.command {
+        Command::Rlhf { config, output_dir } => {
+            return rlhf(config.as_deref(), output_dir.as_deref());
+        }
         Command::Model(ModelCommand::Info { dir }) => model::info(dir).map(|text| print!("{text}")),
         Command::Model(ModelCommand::Logits { dir, ids, out, loss }) => {
             model::logits(&model::Request { model: dir, ids, loss: *loss }, out)
@@ -67,9 +83,41 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
+        Err(error) => failed(&error),
+    }
+}
+
+fn failed(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {error:#}");
+    ExitCode::FAILURE
+}
+
+/// Runs the pipeline; the exit code says whether alignment worked.
+fn rlhf(config: Option<&Path>, output_dir: Option<&Path>) -> ExitCode {
+    let run = || -> anyhow::Result<Outcome> {
+        let mut run = match config {
+            None => RlhfConfig::default(),
+            Some(path) => {
+                let text =
+                    std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+                toml::from_str(&text).with_context(|| path.display().to_string())?
+            }
+        };
+        if let Some(dir) = output_dir {
+            run.output_dir = dir.into();
+        }
+        let outcome = chat::rlhf::rlhf(&run)?;
+        let path = report::write(&run, &outcome)?;
+        println!("{}", report::summary(&outcome));
+        println!("report: {}", path.display());
+        Ok(outcome)
+    };
+    match run() {
+        Ok(outcome) if outcome.aligned() => ExitCode::SUCCESS,
+        Ok(_) => {
+            eprintln!("alignment did not work: see the table above");
             ExitCode::FAILURE
         }
+        Err(error) => failed(&error),
     }
 }

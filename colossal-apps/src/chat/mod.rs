@@ -6,4 +6,12 @@
 pub mod advantage;
 pub mod kl;
 pub mod policy_loss;
+pub mod ppo;
+mod progress;
+pub mod reward;
 pub mod reward_loss;
+pub mod rlhf;
+pub mod rule_score;
+pub mod sft;
+
+pub use progress::{Point, Progress};

@@ -1,0 +1,86 @@
+//! What a run tells while it goes on: a bar on the screen, a line a step in `metrics.jsonl`.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, json};
+
+/// One number of one step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Point {
+    /// Which stage of the run.
+    pub stage: String,
+    /// Which step of it.
+    pub step: u64,
+    /// What.
+    pub name: String,
+    /// How much.
+    pub value: f64,
+}
+
+/// The bar, the log and the numbers so far. Ranks other than the first are silent.
+#[derive(Debug)]
+pub struct Progress {
+    log: Option<File>,
+    bar: ProgressBar,
+    /// All numbers so far.
+    pub points: Vec<Point>,
+}
+
+impl Progress {
+    /// A progress that logs to `folder/metrics.jsonl` if `show`, and is silent otherwise.
+    pub fn new(folder: &Path, show: bool) -> Result<Progress> {
+        let log = if show {
+            std::fs::create_dir_all(folder)?;
+            let path = folder.join("metrics.jsonl");
+            Some(File::create(&path).with_context(|| path.display().to_string())?)
+        } else {
+            None
+        };
+        Ok(Progress { log, bar: ProgressBar::hidden(), points: vec![] })
+    }
+
+    /// A stage of `steps` steps begins.
+    pub fn stage(&mut self, name: &str, steps: u64) {
+        self.bar.finish();
+        if self.log.is_some() {
+            self.bar = ProgressBar::new(steps);
+            let style = "{prefix:>8} [{bar:30}] {pos}/{len} {msg} {eta} left";
+            if let Ok(style) = ProgressStyle::with_template(style) {
+                self.bar.set_style(style);
+            }
+            self.bar.set_prefix(name.to_string());
+        }
+    }
+
+    /// The numbers of a step.
+    pub fn step(&mut self, stage: &str, step: u64, numbers: &[(&str, f64)]) {
+        let Some(log) = &mut self.log else { return };
+        let mut line = Map::new();
+        line.insert("stage".into(), json!(stage));
+        line.insert("step".into(), json!(step));
+        for (name, value) in numbers {
+            line.insert((*name).into(), json!(value));
+            let point = Point { stage: stage.into(), step, name: (*name).into(), value: *value };
+            self.points.push(point);
+        }
+        // A full disk must not end a run that can still save its model elsewhere.
+        let _ = writeln!(log, "{}", serde_json::Value::Object(line));
+        self.bar.set_position(step);
+        let shown: Vec<String> =
+            numbers.iter().take(3).map(|(n, v)| format!("{} {v:.3}", short(n))).collect();
+        self.bar.set_message(shown.join("  "));
+    }
+
+    /// The current stage is over.
+    pub fn finish(&mut self) {
+        self.bar.finish();
+    }
+}
+
+fn short(name: &str) -> &str {
+    name.rsplit('/').next().unwrap_or(name)
+}
