@@ -7,8 +7,11 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use colossal_apps::chat::rlhf::{Outcome, RlhfConfig};
+use colossal_apps::chat::talk::Chat;
 use colossal_apps::{chat, doctor, model, report};
 use colossal_kernels::{Threads, threads};
+use colossal_models::Dtype;
+use colossal_models::generate::Sampling;
 
 /// Large models, made cheaper: train, inspect and run them.
 #[derive(Debug, Parser)]
@@ -33,6 +36,33 @@ enum Command {
         /// Where results go, instead of runs/rlhf.
         #[arg(long)]
         output_dir: Option<PathBuf>,
+    },
+    /// Talk to a model in the terminal.
+    Chat {
+        /// A Hugging Face folder with its tokenizer, or a GGUF file.
+        #[arg(long)]
+        model: PathBuf,
+        /// Answer this and leave, instead of reading turns from the terminal.
+        #[arg(long)]
+        prompt: Option<String>,
+        /// What the model is told before the first turn.
+        #[arg(long)]
+        system: Option<String>,
+        /// 0 takes the likeliest token each time.
+        #[arg(long, default_value_t = 0.7)]
+        temperature: f32,
+        /// Draw from the `k` likeliest tokens; 0 is all.
+        #[arg(long, default_value_t = 0)]
+        top_k: usize,
+        /// Draw from the likeliest tokens that together have this probability.
+        #[arg(long, default_value_t = 0.9)]
+        top_p: f32,
+        /// Longest answer, in tokens.
+        #[arg(long, default_value_t = 512)]
+        max_new_tokens: usize,
+        /// Seed of the draws.
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
     },
     /// Look at a checkpoint.
     #[command(subcommand)]
@@ -72,6 +102,26 @@ fn main() -> ExitCode {
         Command::Rlhf { config, output_dir } => {
             return rlhf(config.as_deref(), output_dir.as_deref());
         }
+        Command::Chat {
+            model,
+            prompt,
+            system,
+            temperature,
+            top_k,
+            top_p,
+            max_new_tokens,
+            seed,
+        } => {
+            let sampling = Sampling {
+                temperature: *temperature,
+                top_k: *top_k,
+                top_p: *top_p,
+                max_new_tokens: *max_new_tokens,
+                seed: *seed,
+                ..Sampling::default()
+            };
+            talk(model, prompt.as_deref(), system.as_deref(), sampling)
+        }
         Command::Model(ModelCommand::Info { dir }) => model::info(dir).map(|text| print!("{text}")),
         Command::Model(ModelCommand::Logits { dir, ids, out, loss }) => {
             model::logits(&model::Request { model: dir, ids, loss: *loss }, out)
@@ -84,6 +134,24 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => failed(&error),
+    }
+}
+
+fn talk(
+    model: &Path,
+    prompt: Option<&str>,
+    system: Option<&str>,
+    sampling: Sampling,
+) -> anyhow::Result<()> {
+    let mut chat = Chat::open(model, Dtype::F32, system, sampling)?;
+    let mut out = std::io::stdout();
+    match prompt {
+        Some(prompt) => {
+            chat.answer(prompt, &mut out)?;
+            println!();
+            Ok(())
+        }
+        None => chat.talk(std::io::stdin().lock(), &mut out),
     }
 }
 

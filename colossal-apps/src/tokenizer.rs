@@ -3,10 +3,14 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
+use colossal_models::gguf::{Gguf, Value};
 use minijinja::{Environment, context};
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::dataset::Message;
@@ -44,9 +48,14 @@ impl ChatTokenizer {
         ChatTokenizer::new(tokenizer, CHATML.into(), "<|im_end|>")
     }
 
-    /// Reads `tokenizer.json` and the template beside it (`chat_template.jinja`, or the one in
-    /// `tokenizer_config.json`; ChatML if there is none).
+    /// The tokenizer of a model: the one inside a GGUF file; or a folder's `tokenizer.json` and
+    /// the template beside it (`chat_template.jinja`, or the one in `tokenizer_config.json`;
+    /// ChatML if there is none).
     pub fn open(folder: &Path) -> Result<ChatTokenizer> {
+        if folder.is_file() {
+            let gguf = Gguf::open(folder)?;
+            return ChatTokenizer::of_gguf(&gguf).with_context(|| folder.display().to_string());
+        }
         let path = folder.join("tokenizer.json");
         let tokenizer =
             Tokenizer::from_file(&path).map_err(|e| anyhow!("{}: {e}", path.display()))?;
@@ -62,6 +71,68 @@ impl ChatTokenizer {
         let eos = config["eos_token"].as_str().or(config["eos_token"]["content"].as_str());
         let eos = eos.unwrap_or("<|im_end|>").to_string();
         ChatTokenizer::new(tokenizer, template, &eos)
+    }
+
+    /// A byte-level BPE from the metadata of a GGUF file.
+    fn of_gguf(gguf: &Gguf) -> Result<ChatTokenizer> {
+        let get = |key: &str| gguf.metadata().get(&format!("tokenizer.{key}"));
+        let list = |key: &str| {
+            get(key).and_then(Value::list).ok_or_else(|| anyhow!("lacks tokenizer.{key}"))
+        };
+        let text = |key: &str| get(key).and_then(Value::text);
+        let digits = match (text("ggml.model"), text("ggml.pre")) {
+            (Some("gpt2"), None | Some("gpt-2" | "default")) => false,
+            (Some("gpt2"), Some("smollm")) => true,
+            (model, pre) => bail!(
+                "its tokenizer (model {}, pre {}) is not read yet; put the model's tokenizer.json \
+                 beside the weights and use that folder",
+                model.unwrap_or("none"),
+                pre.unwrap_or("none")
+            ),
+        };
+        let tokens: Vec<String> = list("ggml.tokens")?
+            .iter()
+            .map(|t| t.text().map(str::to_string).ok_or_else(|| anyhow!("a token is no text")))
+            .collect::<Result<_>>()?;
+        let merges = list("ggml.merges")?
+            .iter()
+            .map(|m| {
+                let (a, b) = m.text().and_then(|m| m.split_once(' ')).unwrap_or_default();
+                (a.to_string(), b.to_string())
+            })
+            .collect();
+        let vocab = tokens.iter().zip(0u32..).map(|(t, i)| (t.clone(), i)).collect();
+        let bpe = BPE::builder()
+            .vocab_and_merges::<ahash::AHashMap<_, _>>(vocab, merges)
+            .build()
+            .map_err(|e| anyhow!("tokenizer: {e}"))?;
+        let mut tokenizer = Tokenizer::new(bpe);
+        let bytes = ByteLevel::new(false, true, true);
+        let mut steps: Vec<PreTokenizerWrapper> = vec![];
+        if digits {
+            steps.push(Digits::new(true).into());
+        }
+        steps.push(bytes.into());
+        tokenizer.with_pre_tokenizer(Some(Sequence::new(steps)));
+        tokenizer.with_decoder(Some(bytes));
+        // Control tokens (3) are special; user-defined ones (4) are whole but are text.
+        let kinds = list("ggml.token_type")?;
+        for (kind, special) in [(3, true), (4, false)] {
+            let added: Vec<AddedToken> = tokens
+                .iter()
+                .zip(kinds)
+                .filter(|(_, k)| k.int() == Some(kind))
+                .map(|(t, _)| AddedToken::from(t.clone(), special))
+                .collect();
+            if special {
+                tokenizer.add_special_tokens(&added);
+            } else {
+                tokenizer.add_tokens(&added);
+            }
+        }
+        let end = get("ggml.eos_token_id").and_then(Value::int).unwrap_or(0);
+        let end = tokens.get(end as usize).ok_or_else(|| anyhow!("eos_token_id is no token"))?;
+        ChatTokenizer::new(tokenizer, text("chat_template").unwrap_or(CHATML).into(), end)
     }
 
     fn new(tokenizer: Tokenizer, template: String, end: &str) -> Result<ChatTokenizer> {
@@ -214,6 +285,31 @@ mod tests {
         // The prompt is the beginning of the conversation.
         let prompt = t.prompt(&talk()[..1]).unwrap();
         assert_eq!(prompt, ids[..prompt.len()]);
+    }
+
+    #[test]
+    fn a_real_tokenizer_and_template_give_the_ids_of_transformers() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let path = root.join("assets/smollm2/model.gguf");
+        if !path.is_file() {
+            eprintln!("skipped: {} is not there; `cargo xtask assets` fetches it", path.display());
+            return;
+        }
+        let t = ChatTokenizer::open(&path).unwrap();
+        let golden = root.join("colossal-models/tests/goldens/smollm2.json");
+        let golden: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(golden).unwrap()).unwrap();
+        for row in golden["rows"].as_array().unwrap() {
+            let prompt = row["prompt"].as_str().unwrap();
+            let ids = serde_json::to_value(t.prompt(&[Message::new("user", prompt)]).unwrap());
+            assert_eq!(ids.unwrap(), row["ids"], "{prompt}");
+            assert_eq!(t.decode(&t.encode(prompt).unwrap()).unwrap(), prompt);
+        }
+        // What it saves, a folder's reader reads.
+        let dir = tempfile::tempdir().unwrap();
+        t.save(dir.path()).unwrap();
+        let again = ChatTokenizer::open(dir.path()).unwrap();
+        assert_eq!(again.prompt(&talk()).unwrap(), t.prompt(&talk()).unwrap());
     }
 
     #[test]

@@ -12,10 +12,11 @@ use colossal_tensor::{Dtype, Error, Param, Placement, Result, Scope, no_grad};
 use serde_json::{Value, json};
 
 use crate::decoder::{CausalLm, DecoderConfig, Head};
+use crate::gguf::Gguf;
 use crate::gpt2::Gpt2Config;
 use crate::llama::LlamaConfig;
 
-/// Loads a decoder from a folder in this dtype.
+/// Loads a decoder from a folder, or from a GGUF file, in this dtype.
 ///
 /// A model with a score head starts that head from fresh weights when the file has none, as a
 /// reward model does that is made from a language model.
@@ -23,10 +24,17 @@ use crate::llama::LlamaConfig;
 /// # Errors
 /// [`Error::File`] naming the file and the key that is missing, left over, or of another shape.
 pub fn load(path: &Path, scope: &Scope, dtype: Dtype, head: Option<Head>) -> Result<CausalLm> {
-    let mut config = read_config(&path.join("config.json"))?;
-    if let Some(head) = head {
-        config = config.with_head(head);
+    let with_head = |config: DecoderConfig| match head {
+        Some(head) => config.with_head(head),
+        None => config,
+    };
+    if path.is_file() {
+        let gguf = Gguf::open(path)?;
+        let model = CausalLm::new(scope, &with_head(gguf.config().clone()), 0, dtype)?;
+        fill(&model, &gguf)?;
+        return Ok(model);
     }
+    let config = with_head(read_config(&path.join("config.json"))?);
     let archive = Archive::open(&files_of(path)?)?;
     let model = CausalLm::new(scope, &config, 0, dtype)?;
     fill(&model, &Files { archive: &archive })?;

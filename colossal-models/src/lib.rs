@@ -3,6 +3,7 @@
 
 pub mod decoder;
 pub mod generate;
+pub mod gguf;
 pub mod gpt2;
 pub mod hf;
 pub mod llama;

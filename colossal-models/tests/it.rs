@@ -2,6 +2,8 @@
 
 #[path = "it/checkpoints.rs"]
 mod checkpoints;
+#[path = "it/gguf.rs"]
+mod gguf;
 #[path = "it/goldens.rs"]
 mod goldens;
 #[path = "it/plans.rs"]

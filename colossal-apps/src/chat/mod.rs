@@ -13,5 +13,6 @@ pub mod reward_loss;
 pub mod rlhf;
 pub mod rule_score;
 pub mod sft;
+pub mod talk;
 
 pub use progress::{Point, Progress};

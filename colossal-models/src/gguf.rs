@@ -1,0 +1,531 @@
+//! GGUF files in: header, metadata, and tensors dequantised as they are read.
+//!
+//! Layout (GGUF versions 2 and 3, little-endian): magic, version, counts; key/value metadata; tensor
+//! descriptions with dims innermost first; aligned data. Types read: F32, F16, BF16, Q8_0, Q4_0,
+//! Q4_1 (blocks of 32 values), Q6_K (blocks of 256).
+//!
+//! LLaMA files have llama.cpp's names, and interleave the two halves of every head of q and k:
+//! [`Gguf`] gives them under Hugging Face names and in Hugging Face order.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use colossal_tensor::nn::RopeScaling;
+use colossal_tensor::{Error, Result};
+use half::{bf16, f16};
+
+use crate::decoder::{DecoderConfig, Head};
+use crate::hf::Weights;
+use crate::llama::LlamaConfig;
+
+/// A value of the metadata.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    /// Any integer, or a bool.
+    Int(i64),
+    /// Any float.
+    Float(f64),
+    /// A text.
+    Text(String),
+    /// A list.
+    List(Vec<Value>),
+}
+
+impl Value {
+    /// The number, if it is an integer.
+    pub fn int(&self) -> Option<i64> {
+        match self {
+            Value::Int(x) => Some(*x),
+            _ => None,
+        }
+    }
+
+    /// The number, if it is one.
+    pub fn float(&self) -> Option<f64> {
+        match self {
+            Value::Float(x) => Some(*x),
+            Value::Int(x) => Some(*x as f64),
+            _ => None,
+        }
+    }
+
+    /// The text, if it is one.
+    pub fn text(&self) -> Option<&str> {
+        match self {
+            Value::Text(x) => Some(x),
+            _ => None,
+        }
+    }
+
+    /// The list, if it is one.
+    pub fn list(&self) -> Option<&[Value]> {
+        match self {
+            Value::List(x) => Some(x),
+            _ => None,
+        }
+    }
+}
+
+/// How the elements of a tensor are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    F32,
+    F16,
+    Bf16,
+    Q4_0,
+    Q4_1,
+    Q8_0,
+    Q6K,
+}
+
+impl Kind {
+    fn of(id: u32) -> Option<Kind> {
+        Some(match id {
+            0 => Kind::F32,
+            1 => Kind::F16,
+            2 => Kind::Q4_0,
+            3 => Kind::Q4_1,
+            8 => Kind::Q8_0,
+            14 => Kind::Q6K,
+            30 => Kind::Bf16,
+            _ => return None,
+        })
+    }
+
+    /// Values and bytes of a block.
+    fn block(self) -> (usize, usize) {
+        match self {
+            Kind::F32 => (1, 4),
+            Kind::F16 | Kind::Bf16 => (1, 2),
+            Kind::Q4_0 => (32, 18),
+            Kind::Q4_1 => (32, 20),
+            Kind::Q8_0 => (32, 34),
+            Kind::Q6K => (256, 210),
+        }
+    }
+
+    /// Appends the values of one block.
+    fn read(self, b: &[u8], out: &mut Vec<f32>) {
+        let half = |at: usize| f16::from_le_bytes([b[at], b[at + 1]]).to_f32();
+        match self {
+            Kind::F32 => out.push(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+            Kind::F16 => out.push(half(0)),
+            Kind::Bf16 => out.push(bf16::from_le_bytes([b[0], b[1]]).to_f32()),
+            Kind::Q4_0 => {
+                let (d, q) = (half(0), &b[2..]);
+                out.extend(q.iter().map(|q| d * (f32::from(q & 15) - 8.0)));
+                out.extend(q.iter().map(|q| d * (f32::from(q >> 4) - 8.0)));
+            }
+            Kind::Q4_1 => {
+                let (d, m, q) = (half(0), half(2), &b[4..]);
+                out.extend(q.iter().map(|q| d * f32::from(q & 15) + m));
+                out.extend(q.iter().map(|q| d * f32::from(q >> 4) + m));
+            }
+            Kind::Q8_0 => {
+                let d = half(0);
+                out.extend(b[2..].iter().map(|q| d * f32::from(q.cast_signed())));
+            }
+            Kind::Q6K => {
+                // 128 bytes of low nibbles, 64 of upper bit pairs, 16 signed scales, f16 scale.
+                let (low, high, scales, d) = (&b[..128], &b[128..192], &b[192..208], half(208));
+                for part in 0..2 {
+                    for quarter in 0..4 {
+                        for i in 0..32 {
+                            let nibble = low[part * 64 + (quarter % 2) * 32 + i];
+                            let nibble = if quarter < 2 { nibble & 15 } else { nibble >> 4 };
+                            let pair = (high[part * 32 + i] >> (2 * quarter)) & 3;
+                            let q = f32::from(nibble | (pair << 4)) - 32.0;
+                            let scale = scales[part * 8 + quarter * 2 + i / 16].cast_signed();
+                            out.push(d * f32::from(scale) * q);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Info {
+    /// Outermost first.
+    shape: Vec<usize>,
+    kind: Kind,
+    offset: u64,
+    /// Heads whose halves are interleaved; 0 for none.
+    heads: usize,
+}
+
+/// An open GGUF file.
+#[derive(Debug)]
+pub struct Gguf {
+    path: PathBuf,
+    file: Mutex<File>,
+    metadata: BTreeMap<String, Value>,
+    /// Under Hugging Face names.
+    tensors: BTreeMap<String, Info>,
+    config: DecoderConfig,
+}
+
+impl Gguf {
+    /// Reads the header of a file.
+    ///
+    /// # Errors
+    /// [`Error::File`] for a file that is none, is cut short, or holds a type or an architecture
+    /// that is not read.
+    pub fn open(path: &Path) -> Result<Gguf> {
+        let fail = |reason: String| Error::File { path: path.display().to_string(), reason };
+        let file = File::open(path).map_err(|e| fail(e.to_string()))?;
+        let size = file.metadata().map_err(|e| fail(e.to_string()))?.len();
+        let mut reader = Reader { from: BufReader::new(&file), at: 0, size };
+        let (metadata, mut infos) = reader.header().map_err(fail)?;
+        let alignment =
+            metadata.get("general.alignment").and_then(Value::int).unwrap_or(32).max(1) as u64;
+        let data = reader.at.next_multiple_of(alignment);
+        for (name, info) in &mut infos {
+            let (values, bytes) = info.kind.block();
+            let elements = info.shape.iter().product::<usize>();
+            let row = info.shape.last().copied().unwrap_or(1);
+            let end = info
+                .offset
+                .checked_add(data)
+                .and_then(|o| o.checked_add((elements / values * bytes) as u64));
+            if row % values != 0 || end.is_none_or(|end| end > size) {
+                return Err(fail(format!(
+                    "tensor {name} reaches beyond the end; the file is cut short, fetch it again"
+                )));
+            }
+            info.offset += data;
+        }
+        let config = config(&metadata, &infos).map_err(fail)?;
+        let mut tensors = BTreeMap::new();
+        for (name, mut info) in infos {
+            let key = hf_name(&name)
+                .ok_or_else(|| fail(format!("tensor {name} is none of a llama model")))?;
+            if let DecoderConfig::Llama(c) = &config {
+                info.heads = match () {
+                    () if key.contains("q_proj") => c.num_attention_heads,
+                    () if key.contains("k_proj") => c.num_key_value_heads,
+                    () => 0,
+                };
+                if info.heads > 0 && !info.shape[0].is_multiple_of(2 * info.heads) {
+                    return Err(fail(format!(
+                        "tensor {name} has {} rows, which {} heads do not divide",
+                        info.shape[0], info.heads
+                    )));
+                }
+            }
+            tensors.insert(key, info);
+        }
+        Ok(Gguf { path: path.into(), file: Mutex::new(file), metadata, tensors, config })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// All metadata, the tokenizer's included.
+    pub fn metadata(&self) -> &BTreeMap<String, Value> {
+        &self.metadata
+    }
+
+    /// One row of the innermost dim, as it lies in the file.
+    fn row(&self, info: &Info, row: usize, bytes: &mut Vec<u8>) -> Result<()> {
+        let (values, size) = info.kind.block();
+        let len = info.shape.last().copied().unwrap_or(1) / values * size;
+        bytes.resize(len, 0);
+        let fail =
+            |e: &dyn std::fmt::Display| Error::File { path: self.origin(), reason: e.to_string() };
+        let mut file = self.file.lock().map_err(|e| fail(&e))?;
+        file.seek(SeekFrom::Start(info.offset + (row * len) as u64)).map_err(|e| fail(&e))?;
+        file.read_exact(bytes).map_err(|e| fail(&e))
+    }
+}
+
+impl Weights for Gguf {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.tensors.get(name).map(|t| t.shape.clone())
+    }
+
+    fn read(&self, name: &str, start: usize, len: usize, out: &mut Vec<f32>) -> Result<()> {
+        let Some(info) = self.tensors.get(name) else {
+            return Err(Error::File { path: self.origin(), reason: format!("no tensor {name}") });
+        };
+        let (values, size) = info.kind.block();
+        // A vector of q or k is a column: its elements are what rows are to a matrix.
+        let width = if info.shape.len() == 1 && info.heads > 0 {
+            1
+        } else {
+            info.shape.last().copied().unwrap_or(1)
+        };
+        let rows = info.shape.iter().product::<usize>() / width.max(1);
+        let (mut bytes, mut whole) = (Vec::new(), Vec::new());
+        let mut at = start;
+        while at < start + len {
+            let row = at / width;
+            let stored = match rows.checked_div(info.heads) {
+                Some(head) => interleaved(row, head),
+                None => row,
+            };
+            let (file_row, within) =
+                if info.shape.len() == 1 { (0, stored * width) } else { (stored, 0) };
+            self.row(info, file_row, &mut bytes)?;
+            whole.clear();
+            bytes.chunks_exact(size).for_each(|block| info.kind.read(block, &mut whole));
+            debug_assert!(whole.len().is_multiple_of(values));
+            let end = ((row + 1) * width).min(start + len);
+            out.extend_from_slice(&whole[within + at - row * width..within + end - row * width]);
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
+    }
+
+    fn origin(&self) -> String {
+        self.path.display().to_string()
+    }
+}
+
+/// Where a GGUF file keeps row `row` of q or k: Hugging Face pairs `j` with `j + size / 2`,
+/// llama.cpp stores the two side by side.
+fn interleaved(row: usize, head: usize) -> usize {
+    let (h, r) = (row / head, row % head);
+    let (side, j) = (r / (head / 2), r % (head / 2));
+    h * head + 2 * j + side
+}
+
+fn hf_name(name: &str) -> Option<String> {
+    Some(match name {
+        "token_embd.weight" => "model.embed_tokens.weight".into(),
+        "output_norm.weight" => "model.norm.weight".into(),
+        "output.weight" => "lm_head.weight".into(),
+        _ => {
+            let (block, rest) = name.strip_prefix("blk.")?.split_once('.')?;
+            let (part, kind) = rest.rsplit_once('.')?;
+            let part = match part {
+                "attn_norm" => "input_layernorm",
+                "ffn_norm" => "post_attention_layernorm",
+                "attn_q" => "self_attn.q_proj",
+                "attn_k" => "self_attn.k_proj",
+                "attn_v" => "self_attn.v_proj",
+                "attn_output" => "self_attn.o_proj",
+                "ffn_gate" => "mlp.gate_proj",
+                "ffn_up" => "mlp.up_proj",
+                "ffn_down" => "mlp.down_proj",
+                _ => return None,
+            };
+            format!("model.layers.{block}.{part}.{kind}")
+        }
+    })
+}
+
+fn config(
+    metadata: &BTreeMap<String, Value>,
+    tensors: &BTreeMap<String, Info>,
+) -> Result<DecoderConfig, String> {
+    let family = metadata.get("general.architecture").and_then(Value::text).unwrap_or("none");
+    if family != "llama" {
+        return Err(format!(
+            "general.architecture {family} is not read from GGUF; this build reads llama. Use the \
+             model's Hugging Face folder"
+        ));
+    }
+    if tensors.contains_key("rope_freqs.weight") {
+        return Err(
+            "rope_freqs.weight: LLaMA 3.1's stretched frequencies are not read from GGUF; \
+                    use the model's Hugging Face folder"
+                .into(),
+        );
+    }
+    let get = |key: &str| metadata.get(&format!("llama.{key}"));
+    let number = |key: &str| {
+        get(key)
+            .and_then(Value::int)
+            .filter(|n| *n > 0)
+            .map(|n| n as usize)
+            .ok_or_else(|| format!("llama.{key} is missing or no positive number"))
+    };
+    let (hidden, heads) = (number("embedding_length")?, number("attention.head_count")?);
+    let kv = get("attention.head_count_kv").and_then(Value::int).unwrap_or(heads as i64);
+    if kv <= 0 || !heads.is_multiple_of(kv as usize) {
+        return Err(format!("{heads} heads are no multiple of {kv} key/value heads"));
+    }
+    let vocab = tensors.get("token_embd.weight").ok_or("token_embd.weight is missing")?.shape[0];
+    let float = |key: &str, default: f64| get(key).and_then(Value::float).unwrap_or(default);
+    let rope_scaling = match get("rope.scaling.type").and_then(Value::text) {
+        None | Some("none") => RopeScaling::None,
+        Some("linear") => RopeScaling::Linear { factor: float("rope.scaling.factor", 1.0) },
+        Some(other) => return Err(format!("llama.rope.scaling.type {other} is not read")),
+    };
+    Ok(DecoderConfig::Llama(LlamaConfig {
+        vocab_size: vocab,
+        hidden_size: hidden,
+        intermediate_size: number("feed_forward_length")?,
+        num_hidden_layers: number("block_count")?,
+        num_attention_heads: heads,
+        num_key_value_heads: kv as usize,
+        head_dim: number("rope.dimension_count").unwrap_or(hidden / heads),
+        max_position_embeddings: number("context_length")?,
+        rms_norm_eps: float("attention.layer_norm_rms_epsilon", 1e-5) as f32,
+        rope_theta: float("rope.freq_base", 10_000.0),
+        rope_scaling,
+        tie_word_embeddings: !tensors.contains_key("output.weight"),
+        attention_bias: tensors.contains_key("blk.0.attn_q.bias"),
+        mlp_bias: tensors.contains_key("blk.0.ffn_up.bias"),
+        head: Head::Lm,
+    }))
+}
+
+/// Metadata, and tensors under their names in the file.
+type Header = (BTreeMap<String, Value>, BTreeMap<String, Info>);
+
+struct Reader<'a> {
+    from: BufReader<&'a File>,
+    at: u64,
+    size: u64,
+}
+
+impl Reader<'_> {
+    fn header(&mut self) -> Result<Header, String> {
+        if &self.bytes::<4>()? != b"GGUF" {
+            return Err("is no GGUF file: it does not begin with GGUF".into());
+        }
+        let version = self.u32()?;
+        if !(2..=3).contains(&version) {
+            return Err(format!("GGUF version {version} is not read; versions 2 and 3 are"));
+        }
+        let (tensors, pairs) = (self.count()?, self.count()?);
+        let mut metadata = BTreeMap::new();
+        for _ in 0..pairs {
+            let key = self.text()?;
+            let kind = self.u32()?;
+            metadata.insert(key, self.value(kind, 0)?);
+        }
+        let mut infos = BTreeMap::new();
+        for _ in 0..tensors {
+            let name = self.text()?;
+            let dims = self.u32()?;
+            if !(1..=4).contains(&dims) {
+                return Err(format!("tensor {name} has {dims} dims; 1 to 4 are possible"));
+            }
+            let mut shape = Vec::new();
+            for _ in 0..dims {
+                shape.push(self.u64()? as usize);
+            }
+            shape.reverse();
+            let elements = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+            if elements.is_none_or(|n| n == 0 || n as u64 / 8 > self.size) {
+                return Err(format!(
+                    "tensor {name} has shape {shape:?}, more than the file holds: it is cut short"
+                ));
+            }
+            let id = self.u32()?;
+            let kind = Kind::of(id).ok_or_else(|| {
+                format!(
+                    "tensor {name} is stored as ggml type {id}, which is not read; F32, F16, BF16, \
+                     Q8_0, Q4_0, Q4_1 and Q6_K are: convert the file with llama-quantize"
+                )
+            })?;
+            infos.insert(name, Info { shape, kind, offset: self.u64()?, heads: 0 });
+        }
+        Ok((metadata, infos))
+    }
+
+    fn value(&mut self, kind: u32, depth: usize) -> Result<Value, String> {
+        Ok(match kind {
+            0 | 7 => Value::Int(self.bytes::<1>()?[0].into()),
+            1 => Value::Int(self.bytes::<1>()?[0].cast_signed().into()),
+            2 => Value::Int(u16::from_le_bytes(self.bytes()?).into()),
+            3 => Value::Int(i16::from_le_bytes(self.bytes()?).into()),
+            4 => Value::Int(self.u32()?.into()),
+            5 => Value::Int(i32::from_le_bytes(self.bytes()?).into()),
+            6 => Value::Float(f32::from_le_bytes(self.bytes()?).into()),
+            8 => Value::Text(self.text()?),
+            9 if depth < 4 => {
+                let (kind, len) = (self.u32()?, self.count()?);
+                let mut list = Vec::new();
+                for _ in 0..len {
+                    list.push(self.value(kind, depth + 1)?);
+                }
+                Value::List(list)
+            }
+            10 | 11 => Value::Int(i64::from_le_bytes(self.bytes()?)),
+            12 => Value::Float(f64::from_le_bytes(self.bytes()?)),
+            other => return Err(format!("metadata of type {other} is not known")),
+        })
+    }
+
+    fn text(&mut self) -> Result<String, String> {
+        let len = self.count()?;
+        let mut bytes = vec![0; len];
+        self.from.read_exact(&mut bytes).map_err(|e| short(&e))?;
+        self.at += len as u64;
+        String::from_utf8(bytes).map_err(|_| "holds a text that is not UTF-8".into())
+    }
+
+    /// A number of things that follow, each of at least a byte.
+    fn count(&mut self) -> Result<usize, String> {
+        let n = self.u64()?;
+        if n > self.size - self.at.min(self.size) {
+            return Err(format!("announces {n} entries, more than it has bytes: it is damaged"));
+        }
+        Ok(n as usize)
+    }
+
+    fn u32(&mut self) -> Result<u32, String> {
+        self.bytes().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Result<u64, String> {
+        self.bytes().map(u64::from_le_bytes)
+    }
+
+    fn bytes<const N: usize>(&mut self) -> Result<[u8; N], String> {
+        let mut bytes = [0; N];
+        self.from.read_exact(&mut bytes).map_err(|e| short(&e))?;
+        self.at += N as u64;
+        Ok(bytes)
+    }
+}
+
+fn short(e: &std::io::Error) -> String {
+    format!("is cut short ({e}); fetch it again")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_of_a_head_are_told_apart() {
+        // Two heads of four rows: llama.cpp stores 0 2 1 3 of Hugging Face's order.
+        let stored: Vec<usize> = (0..8).map(|r| interleaved(r, 4)).collect();
+        assert_eq!(stored, [0, 2, 1, 3, 4, 6, 5, 7]);
+    }
+
+    #[test]
+    fn damaged_files_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.gguf");
+        let mut header = b"GGUF".to_vec();
+        header.extend(3u32.to_le_bytes());
+        let mut many = header.clone();
+        many.extend([255; 16]);
+        for (bytes, words) in [
+            (b"nope".to_vec(), "no GGUF"),
+            (b"GGUF\x09\0\0\0".to_vec(), "version 9"),
+            (header, "cut short"),
+            (many, "damaged"),
+        ] {
+            std::fs::write(&path, bytes).unwrap();
+            let e = Gguf::open(&path).unwrap_err().to_string();
+            assert!(e.contains(words) && e.contains("x.gguf"), "{e}");
+        }
+    }
+}
