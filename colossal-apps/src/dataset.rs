@@ -5,6 +5,7 @@
 //! | demonstrations | `{"messages": [{"role", "content"}]}`, also with `from` for `role`; `{"prompt", "completion"}` |
 //! | preferences | `{"prompt", "chosen", "rejected"}`, strings or message lists; `context` for `prompt` |
 //! | prompts | `{"prompt"}`, a string or a message list |
+//! | plain text | `{"text"}` or `{"content"}`; any other file is one document |
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -70,6 +71,21 @@ pub fn prompts(path: &Path) -> Result<Vec<Vec<Message>>> {
         let prompt = if v["prompt"].is_null() { &v["messages"] } else { &v["prompt"] };
         said(prompt, "user", "prompt")
     })
+}
+
+/// Documents to model: of JSONL the `text` (or `content`) of each line, of another file the whole.
+pub fn texts(path: &Path) -> Result<Vec<String>> {
+    if path.extension().is_some_and(|e| e == "jsonl" || e == "json") {
+        return lines(path, |v| {
+            let text = v["text"].as_str().or(v["content"].as_str());
+            text.map(str::to_string).ok_or_else(|| anyhow!("lacks text"))
+        });
+    }
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    if text.trim().is_empty() {
+        bail!("{}: is empty", path.display());
+    }
+    Ok(vec![text])
 }
 
 /// Reads every line; an error names the file and the line.

@@ -7,3 +7,4 @@ pub mod doctor;
 pub mod model;
 pub mod report;
 pub mod tokenizer;
+pub mod train;

@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use colossal_apps::chat::rlhf::{Outcome, RlhfConfig};
 use colossal_apps::chat::talk::Chat;
+use colossal_apps::train::{Task, TrainConfig, train};
 use colossal_apps::{chat, doctor, model, report};
 use colossal_kernels::{Threads, threads};
 use colossal_models::Dtype;
 use colossal_models::generate::Sampling;
+use colossal_models::train::Plan;
 
 /// Large models, made cheaper: train, inspect and run them.
 #[derive(Debug, Parser)]
@@ -36,6 +38,30 @@ enum Command {
         /// Where results go, instead of runs/rlhf.
         #[arg(long)]
         output_dir: Option<PathBuf>,
+    },
+    /// Train a model as a TOML file says; started again, it goes on from its newest checkpoint.
+    ///
+    /// The file names `model`, `data` and, if wanted, `output_dir`, `steps`, `batch`, `max_length`,
+    /// `lr`, `save_every`, a `[plan]` (dp, tp, zero, precision, ...) and more: an unknown field is
+    /// answered with the list of all.
+    Train {
+        /// What is trained.
+        #[arg(value_enum)]
+        task: TaskName,
+        /// The TOML file.
+        #[arg(long)]
+        config: PathBuf,
+    },
+    /// Run a command of this binary on N ranks: `colossal run -n 2 train sft --config FILE`.
+    ///
+    /// Ranks are threads of this process; `plan.dp` becomes what N leaves beside the other degrees.
+    Run {
+        /// How many.
+        #[arg(short)]
+        n: usize,
+        /// `train ...` or `rlhf ...`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        command: Vec<String>,
     },
     /// Talk to a model in the terminal.
     Chat {
@@ -71,6 +97,18 @@ enum Command {
     Doctor,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum TaskName {
+    /// A language model on plain text (.txt, JSONL with `text`, .bin of u16 ids).
+    Pretrain,
+    /// A language model on conversations (JSONL with `messages`).
+    Sft,
+    /// A reward model on preferences (JSONL with `prompt`, `chosen`, `rejected`).
+    Reward,
+    /// A policy by PPO on prompts (JSONL with `prompt`), against `reward_model`.
+    Ppo,
+}
+
 #[derive(Debug, Subcommand)]
 enum ModelCommand {
     /// Family, sizes and parameters of a Hugging Face folder.
@@ -95,13 +133,24 @@ enum ModelCommand {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let mut cli = Cli::parse();
+    let mut ranks = None;
+    if let Command::Run { n, command } = &cli.command {
+        ranks = Some(*n);
+        cli =
+            Cli::parse_from(std::iter::once("colossal").chain(command.iter().map(String::as_str)));
+    }
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     threads::set(Threads::new(cli.threads.unwrap_or(cores).max(1)));
     let result = match &cli.command {
         Command::Rlhf { config, output_dir } => {
-            return rlhf(config.as_deref(), output_dir.as_deref());
+            return rlhf(config.as_deref(), output_dir.as_deref(), ranks);
         }
+        _ if ranks.is_some() && !matches!(cli.command, Command::Train { .. }) => {
+            Err(anyhow::anyhow!("run -n N starts train and rlhf; the others run on one rank"))
+        }
+        Command::Run { .. } => Err(anyhow::anyhow!("run starts a command, not another run")),
+        Command::Train { task, config } => run_training(*task, config, ranks),
         Command::Chat {
             model,
             prompt,
@@ -137,6 +186,32 @@ fn main() -> ExitCode {
     }
 }
 
+/// Sets `plan.dp` so that the plan takes `ranks`.
+fn spread(plan: &mut Plan, ranks: Option<usize>) -> anyhow::Result<()> {
+    let Some(n) = ranks else { return Ok(()) };
+    let others = plan.ranks() / plan.dp.max(1);
+    if n == 0 || !n.is_multiple_of(others.max(1)) {
+        anyhow::bail!(
+            "{n} ranks are no multiple of the {others} that the plan's other degrees take"
+        );
+    }
+    plan.dp = n / others.max(1);
+    Ok(())
+}
+
+fn run_training(task: TaskName, path: &Path, ranks: Option<usize>) -> anyhow::Result<()> {
+    let mut config = TrainConfig::read(path)?;
+    spread(&mut config.plan, ranks)?;
+    let task = match task {
+        TaskName::Pretrain => Task::Pretrain,
+        TaskName::Sft => Task::Sft,
+        TaskName::Reward => Task::Reward,
+        TaskName::Ppo => Task::Ppo,
+    };
+    println!("{}", train(task, &config)?);
+    Ok(())
+}
+
 fn talk(
     model: &Path,
     prompt: Option<&str>,
@@ -161,7 +236,7 @@ fn failed(error: &anyhow::Error) -> ExitCode {
 }
 
 /// Runs the pipeline; the exit code says whether alignment worked.
-fn rlhf(config: Option<&Path>, output_dir: Option<&Path>) -> ExitCode {
+fn rlhf(config: Option<&Path>, output_dir: Option<&Path>, ranks: Option<usize>) -> ExitCode {
     let run = || -> anyhow::Result<Outcome> {
         let mut run = match config {
             None => RlhfConfig::default(),
@@ -174,6 +249,7 @@ fn rlhf(config: Option<&Path>, output_dir: Option<&Path>) -> ExitCode {
         if let Some(dir) = output_dir {
             run.output_dir = dir.into();
         }
+        spread(&mut run.plan, ranks)?;
         let outcome = chat::rlhf::rlhf(&run)?;
         let path = report::write(&run, &outcome)?;
         println!("{}", report::summary(&outcome));

@@ -202,6 +202,13 @@ impl ChatTokenizer {
         self.encode(&self.render(messages, true)?)
     }
 
+    /// Ids of a prompt and its answer, up to the end of the answer's turn: where its reward is read.
+    pub fn answered(&self, prompt: &[Message], answer: &[Message]) -> Result<Vec<i32>> {
+        let (mut ids, learnt) = self.conversation(&[prompt, answer].concat())?;
+        ids.truncate(learnt.iter().rposition(|l| *l).map_or(ids.len(), |i| i + 1));
+        Ok(ids)
+    }
+
     /// Ids of a whole conversation, and which of them the assistant says: its words and the token
     /// that ends its turn.
     ///

@@ -33,10 +33,17 @@ pub struct Progress {
 impl Progress {
     /// A progress that logs to `folder/metrics.jsonl` if `show`, and is silent otherwise.
     pub fn new(folder: &Path, show: bool) -> Result<Progress> {
+        Progress::open(folder, show, false)
+    }
+
+    /// The same; `resumed` runs add to the log instead of beginning a new one.
+    pub fn open(folder: &Path, show: bool, resumed: bool) -> Result<Progress> {
         let log = if show {
             std::fs::create_dir_all(folder)?;
             let path = folder.join("metrics.jsonl");
-            Some(File::create(&path).with_context(|| path.display().to_string())?)
+            let mut options = File::options();
+            options.create(true).write(true).append(resumed).truncate(!resumed);
+            Some(options.open(&path).with_context(|| path.display().to_string())?)
         } else {
             None
         };

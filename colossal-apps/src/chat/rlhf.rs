@@ -147,15 +147,12 @@ fn read(config: &RlhfConfig) -> Result<Data> {
     let talk = |all: &[Vec<Message>]| -> Result<Vec<Talk>> {
         all.iter().map(|m| tokenizer.conversation(m)).collect()
     };
-    // Both answers end where a turn ends: there the reward is read.
-    let whole = |prompt: &[Message], answer: &[Message]| -> Result<Vec<i32>> {
-        let (ids, learnt) = tokenizer.conversation(&[prompt, answer].concat())?;
-        let end = learnt.iter().rposition(|l| *l).map_or(ids.len(), |i| i + 1);
-        Ok(ids[..end].to_vec())
-    };
     let pair = |all: Vec<dataset::Pair>| -> Result<Vec<TokenPair>> {
         all.iter()
-            .map(|p| Ok((whole(&p.prompt, &p.chosen)?, whole(&p.prompt, &p.rejected)?)))
+            .map(|p| {
+                let answered = |a| tokenizer.answered(&p.prompt, a);
+                Ok((answered(&p.chosen)?, answered(&p.rejected)?))
+            })
             .collect()
     };
     let ids = |all: &[Vec<Message>]| -> Result<Vec<Vec<i32>>> {

@@ -1,0 +1,603 @@
+//! `colossal train`: one TOML file names the model, the data and the plan.
+//!
+//! A run leaves `metrics.jsonl`, `checkpoint-<step>/` folders, and at the end the model with its
+//! tokenizer in `output_dir`, as transformers loads it. Started again, it goes on from its newest
+//! checkpoint, bit for bit.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use colossal_comm::{Group, on_ranks};
+use colossal_models::train::{
+    AdamW, Batch, Decay, LrSchedule, Plan, Sequences, Trainer, load_checkpoint, save_checkpoint,
+};
+use colossal_models::{Head, hf};
+use serde::{Deserialize, Serialize};
+
+use crate::chat::Progress;
+use crate::chat::ppo::{Models, PpoConfig, ppo};
+use crate::chat::reward::{TokenPair, accuracy, reward};
+use crate::chat::sft::{Talk, evaluate, sft};
+use crate::dataset;
+use crate::tokenizer::ChatTokenizer;
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Task {
+    /// A language model on plain text.
+    Pretrain,
+    /// A language model on conversations: the assistant's words.
+    Sft,
+    /// A reward model on pairs of answers.
+    Reward,
+    /// A policy, by PPO against a reward model.
+    Ppo,
+}
+
+/// A training run. Every field but `model` and `data` has a default; unknown ones are errors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConfig {
+    /// A Hugging Face folder, a GGUF file, or a `config.json` alone for fresh weights.
+    pub model: PathBuf,
+    /// Data files: JSONL; for pretraining also `.txt`, or `.bin` of little-endian u16 token ids.
+    pub data: Vec<PathBuf>,
+    /// A file of the same kind that is only evaluated, at the end (sft and reward).
+    #[serde(default)]
+    pub heldout: Option<PathBuf>,
+    /// Where the tokenizer is, if not with the model.
+    #[serde(default)]
+    pub tokenizer: Option<PathBuf>,
+    /// The reward model's folder (ppo only): judge, and beginning of the critic.
+    #[serde(default)]
+    pub reward_model: Option<PathBuf>,
+    /// Where results go.
+    #[serde(default = "output_dir")]
+    pub output_dir: PathBuf,
+    /// Optimizer steps.
+    #[serde(default = "steps")]
+    pub steps: u64,
+    /// Sequences (or pairs) a step, of all ranks together.
+    #[serde(default = "batch")]
+    pub batch: usize,
+    /// Longest sequence in tokens; longer conversations are left out.
+    #[serde(default = "max_length")]
+    pub max_length: usize,
+    /// Peak learning rate.
+    #[serde(default = "lr")]
+    pub lr: f32,
+    /// Steps of warm-up.
+    #[serde(default)]
+    pub warmup: u64,
+    /// What follows it.
+    #[serde(default)]
+    pub decay: Decay,
+    /// Decoupled weight decay of matrices.
+    #[serde(default)]
+    pub weight_decay: f32,
+    /// Gradients are clipped to this norm; 0 turns it off.
+    #[serde(default = "clip")]
+    pub clip: f32,
+    /// A checkpoint every so many steps; 0 is none.
+    #[serde(default)]
+    pub save_every: u64,
+    /// Seed of everything.
+    #[serde(default)]
+    pub seed: u64,
+    /// How it is spread over ranks.
+    #[serde(default)]
+    pub plan: Plan,
+    /// PPO; its learning rates are `lr`.
+    #[serde(default)]
+    pub ppo: PpoConfig,
+}
+
+fn output_dir() -> PathBuf {
+    "runs/train".into()
+}
+
+fn steps() -> u64 {
+    100
+}
+
+fn batch() -> usize {
+    8
+}
+
+fn max_length() -> usize {
+    512
+}
+
+fn lr() -> f32 {
+    1e-4
+}
+
+fn clip() -> f32 {
+    1.0
+}
+
+impl TrainConfig {
+    /// Reads a TOML file.
+    pub fn read(path: &Path) -> Result<TrainConfig> {
+        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        toml::from_str(&text).with_context(|| path.display().to_string())
+    }
+
+    fn optimizer(&self) -> AdamW {
+        AdamW {
+            lr: LrSchedule {
+                peak: self.lr,
+                warmup: self.warmup,
+                total: self.steps,
+                decay: self.decay,
+                floor: 0.1,
+            },
+            weight_decay: self.weight_decay,
+            clip: self.clip,
+            ..AdamW::default()
+        }
+    }
+
+    fn open_tokenizer(&self) -> Result<ChatTokenizer> {
+        let beside = match self.model.extension() {
+            Some(e) if e == "json" => self.model.parent().unwrap_or(Path::new(".")),
+            _ => &self.model,
+        };
+        let path = self.tokenizer.as_deref().unwrap_or(beside);
+        ChatTokenizer::open(path).context("tokenizer (name its folder with `tokenizer = ...`)")
+    }
+
+    fn trainer(&self, world: &Group, head: Option<Head>) -> Result<Trainer> {
+        let (plan, optimizer) = (&self.plan, self.optimizer());
+        if self.model.extension().is_some_and(|e| e == "json") {
+            let config = hf::read_config(&self.model)?;
+            let config = match head {
+                Some(head) => config.with_head(head),
+                None => config,
+            };
+            return Ok(Trainer::new(world, plan, &config, optimizer, self.seed)?);
+        }
+        Ok(Trainer::from_pretrained(world, plan, &self.model, head, optimizer, self.seed)?)
+    }
+}
+
+/// What a task learns from, as ids.
+#[derive(Debug)]
+enum Data {
+    Stream(Vec<i32>),
+    Talks([Vec<Talk>; 2]),
+    Pairs([Vec<TokenPair>; 2]),
+    Prompts(Vec<Vec<i32>>),
+}
+
+/// Runs a task on `plan.ranks()` ranks (threads); gives the last numbers as text.
+pub fn train(task: Task, config: &TrainConfig) -> Result<String> {
+    config.plan.validate()?;
+    let parts = config.plan.dp * config.plan.microbatches;
+    if config.batch == 0 || !config.batch.is_multiple_of(parts) {
+        bail!("batch {} is no multiple of plan.dp x plan.microbatches = {parts}", config.batch);
+    }
+    if task == Task::Ppo && !config.ppo.rollouts.is_multiple_of(config.plan.dp) {
+        bail!("ppo.rollouts {} is no multiple of plan.dp {}", config.ppo.rollouts, config.plan.dp);
+    }
+    if task != Task::Sft && task != Task::Pretrain && config.plan.microbatches > 1 {
+        bail!("plan.microbatches is for sft and pretrain; set it to 1");
+    }
+    let tokens_only = task == Task::Pretrain && config.data.iter().all(|p| is(p, "bin"));
+    let tokenizer = if tokens_only { None } else { Some(config.open_tokenizer()?) };
+    let data = read(task, config, tokenizer.as_ref())?;
+    let end = tokenizer.as_ref().map_or(-1, ChatTokenizer::end_of_turn);
+    let results = on_ranks(config.plan.ranks(), |world| on_rank(task, config, &data, end, &world));
+    let mut text = String::new();
+    for (rank, result) in results.into_iter().enumerate() {
+        let said = result.with_context(|| format!("rank {rank}"))?;
+        if rank == 0 {
+            text = said;
+        }
+    }
+    if let Some(tokenizer) = tokenizer {
+        tokenizer.save(&config.output_dir)?;
+    }
+    Ok(text)
+}
+
+fn is(path: &Path, extension: &str) -> bool {
+    path.extension().is_some_and(|e| e == extension)
+}
+
+fn read(task: Task, config: &TrainConfig, tokenizer: Option<&ChatTokenizer>) -> Result<Data> {
+    if config.data.is_empty() {
+        bail!("data names no file");
+    }
+    let need = || tokenizer.ok_or_else(|| anyhow!("this data needs a tokenizer"));
+    let held: Vec<PathBuf> = config.heldout.iter().cloned().collect();
+    let max = config.max_length;
+    let some = |left: usize, all: usize| match left {
+        0 => Err(anyhow!("all {all} entries are longer than max_length {max}: raise it")),
+        left if left < all => {
+            eprintln!("{} of {all} entries are longer than max_length {max}: left out", all - left);
+            Ok(())
+        }
+        _ => Ok(()),
+    };
+    match task {
+        Task::Pretrain => {
+            let mut stream = vec![];
+            for path in &config.data {
+                if is(path, "bin") {
+                    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+                    let (ids, rest) = bytes.as_chunks::<2>();
+                    if !rest.is_empty() {
+                        bail!("{}: an odd number of bytes; u16 ids take two", path.display());
+                    }
+                    stream.extend(ids.iter().map(|b| i32::from(u16::from_le_bytes(*b))));
+                    continue;
+                }
+                let tokenizer = need()?;
+                for text in dataset::texts(path)? {
+                    stream.extend(tokenizer.encode(&text)?);
+                    stream.push(tokenizer.end_of_turn());
+                }
+            }
+            if stream.len() < max + 1 {
+                bail!("the data has {} tokens; one window takes {}", stream.len(), max + 1);
+            }
+            Ok(Data::Stream(stream))
+        }
+        Task::Sft => {
+            let tokenizer = need()?;
+            let talks = |paths: &[PathBuf]| -> Result<Vec<Talk>> {
+                let (mut out, mut all) = (vec![], 0);
+                for path in paths {
+                    for talk in dataset::conversations(path)? {
+                        all += 1;
+                        let talk = tokenizer.conversation(&talk)?;
+                        if talk.0.len() <= max && talk.1.iter().any(|l| *l) {
+                            out.push(talk);
+                        }
+                    }
+                }
+                if all > 0 {
+                    some(out.len(), all)?;
+                }
+                Ok(out)
+            };
+            Ok(Data::Talks([talks(&config.data)?, talks(&held)?]))
+        }
+        Task::Reward => {
+            let tokenizer = need()?;
+            let pairs = |paths: &[PathBuf]| -> Result<Vec<TokenPair>> {
+                let (mut out, mut all) = (vec![], 0);
+                for path in paths {
+                    for p in dataset::preferences(path)? {
+                        all += 1;
+                        let chosen = tokenizer.answered(&p.prompt, &p.chosen)?;
+                        let rejected = tokenizer.answered(&p.prompt, &p.rejected)?;
+                        if chosen.len().max(rejected.len()) <= max {
+                            out.push((chosen, rejected));
+                        }
+                    }
+                }
+                if all > 0 {
+                    some(out.len(), all)?;
+                }
+                Ok(out)
+            };
+            Ok(Data::Pairs([pairs(&config.data)?, pairs(&held)?]))
+        }
+        Task::Ppo => {
+            let tokenizer = need()?;
+            let (mut out, mut all) = (vec![], 0);
+            for path in &config.data {
+                for prompt in dataset::prompts(path)? {
+                    all += 1;
+                    let ids = tokenizer.prompt(&prompt)?;
+                    if ids.len() + config.ppo.max_new_tokens <= max {
+                        out.push(ids);
+                    }
+                }
+            }
+            some(out.len(), all)?;
+            Ok(Data::Prompts(out))
+        }
+    }
+}
+
+fn on_rank(
+    task: Task,
+    config: &TrainConfig,
+    data: &Data,
+    end: i32,
+    world: &Group,
+) -> Result<String> {
+    let first = world.rank() == 0;
+    let head = if task == Task::Reward { Some(Head::Score) } else { None };
+    let mut trainer = config.trainer(world, head)?;
+    let limit = trainer.model.config.max_positions();
+    if config.max_length > limit {
+        bail!("max_length {} is beyond the model's {limit} positions", config.max_length);
+    }
+    if let (Data::Stream(ids), vocab) = (data, trainer.model.config.vocab_size())
+        && let Some(id) = ids.iter().find(|id| **id as usize >= vocab)
+    {
+        bail!("token {id} is beyond the model's vocabulary of {vocab}: another tokenizer's?");
+    }
+    if let Data::Prompts(prompts) = data {
+        return align(trainer, config, prompts, end, world);
+    }
+    let newest = newest_checkpoint(&config.output_dir);
+    if let Some((step, path)) = &newest {
+        load_checkpoint(&mut trainer, path)?;
+        if first {
+            eprintln!("going on from step {step} of {}", path.display());
+        }
+    }
+    let mut progress = Progress::open(&config.output_dir, first, newest.is_some())?;
+    progress.stage(name(task), config.steps);
+    while trainer.steps() < config.steps {
+        let upto = match config.save_every {
+            0 => config.steps,
+            every => (trainer.steps() / every + 1).saturating_mul(every).min(config.steps),
+        };
+        match data {
+            Data::Stream(ids) => pretrain(&mut trainer, ids, config, upto, &mut progress)?,
+            Data::Talks([talks, _]) => sft(&mut trainer, talks, config.batch, upto, &mut progress)?,
+            Data::Pairs([pairs, _]) => {
+                reward(&mut trainer, pairs, config.batch, upto, &mut progress)?;
+            }
+            Data::Prompts(_) => {}
+        }
+        if config.save_every > 0 {
+            let folder = config.output_dir.join(format!("checkpoint-{upto}"));
+            save_checkpoint(&trainer, &folder)?;
+        }
+    }
+    progress.finish();
+    hf::save(&trainer.model, &config.output_dir, 5 << 30)?;
+    let mut text =
+        format!("{} steps; the model is in {}", config.steps, config.output_dir.display());
+    match data {
+        Data::Talks([_, held]) if !held.is_empty() => {
+            text += &format!("\nheld-out loss {:.4}", evaluate(&trainer, held)?);
+        }
+        Data::Pairs([_, held]) if !held.is_empty() => {
+            text += &format!("\nheld-out accuracy {:.4}", accuracy(&trainer.model, held)?);
+        }
+        _ => {}
+    }
+    Ok(text)
+}
+
+fn name(task: Task) -> &'static str {
+    match task {
+        Task::Pretrain => "pretrain",
+        Task::Sft => "sft",
+        Task::Reward => "reward",
+        Task::Ppo => "ppo",
+    }
+}
+
+/// Steps on windows of `max_length` tokens.
+fn pretrain(
+    trainer: &mut Trainer,
+    ids: &[i32],
+    config: &TrainConfig,
+    upto: u64,
+    progress: &mut Progress,
+) -> Result<()> {
+    let (seq, batch) = (config.max_length, config.batch);
+    let order = Sequences::new((ids.len() - 1) / seq, config.seed);
+    while trainer.steps() < upto {
+        let picked = order.take(trainer.steps() * batch as u64, batch);
+        let windows: Vec<&[i32]> =
+            picked.iter().map(|i| &ids[i * seq..(i + 1) * seq + 1]).collect();
+        let report = trainer.step(&Batch::windows(&windows)?)?;
+        progress.step(
+            "pretrain",
+            report.step,
+            &[
+                ("loss", f64::from(report.loss)),
+                ("tokens_per_second", report.tokens_per_second),
+                ("mfu", report.mfu),
+                ("lr", f64::from(report.lr)),
+                ("grad_norm", f64::from(report.grad_norm)),
+                ("peak_bytes", report.peak_bytes as f64),
+                ("sent_bytes", report.sent_bytes as f64),
+            ],
+        );
+    }
+    Ok(())
+}
+
+/// PPO from `model` against `reward_model`.
+fn align(
+    mut actor: Trainer,
+    config: &TrainConfig,
+    prompts: &[Vec<i32>],
+    end: i32,
+    world: &Group,
+) -> Result<String> {
+    let Some(judge) = &config.reward_model else {
+        bail!("reward_model is missing: the folder that `colossal train reward` wrote");
+    };
+    let plan = &config.plan;
+    let scope = plan.scope(world)?;
+    let dtype = plan.precision.dtype();
+    let reward = hf::load(judge, &scope, dtype, None)?.freeze();
+    if reward.config.head() != Head::Score {
+        bail!("{}: is no reward model; `colossal train reward` makes one", judge.display());
+    }
+    if reward.config.vocab_size() != actor.model.config.vocab_size() {
+        bail!("{}: has another vocabulary than the model", judge.display());
+    }
+    let constant = AdamW { lr: LrSchedule::constant(config.lr), ..config.optimizer() };
+    actor.optimizer = constant;
+    let mut critic = Trainer::from_pretrained(world, plan, judge, None, constant, config.seed)?;
+    let reference = hf::load(&config.model, &scope, dtype, None)?.freeze();
+    let mut progress = Progress::open(&config.output_dir, world.rank() == 0, false)?;
+    progress.stage("ppo", config.ppo.iterations);
+    let mut models =
+        Models { actor: &mut actor, critic: &mut critic, reference: &reference, reward: &reward };
+    ppo(&mut models, prompts, &[], end, &config.ppo, &mut progress)?;
+    progress.finish();
+    hf::save(&actor.model, &config.output_dir, 5 << 30)?;
+    let of = |name: &str| {
+        let mut values = progress.points.iter().filter(|p| p.name == name).map(|p| p.value);
+        let first = values.next().unwrap_or(0.0);
+        format!("{name} {first:.4} -> {:.4}", values.next_back().unwrap_or(first))
+    };
+    Ok(format!(
+        "{} iterations; the model is in {}\n{}\n{}",
+        config.ppo.iterations,
+        config.output_dir.display(),
+        of("objective/scores"),
+        of("objective/kl")
+    ))
+}
+
+/// The checkpoint of the most steps in a folder.
+fn newest_checkpoint(folder: &Path) -> Option<(u64, PathBuf)> {
+    std::fs::read_dir(folder)
+        .ok()?
+        .flatten()
+        .filter_map(|e| {
+            let step = e.file_name().to_str()?.strip_prefix("checkpoint-")?.parse().ok()?;
+            Some((step, e.path()))
+        })
+        .max()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let texts: Vec<String> =
+            (0..60).map(|i| format!("Dear Anna, the walk is on day {}. Bye.", i % 7)).collect();
+        std::fs::write(dir.path().join("text.txt"), texts.join("\n")).unwrap();
+        let tokenizer = ChatTokenizer::train(&texts, 300).unwrap();
+        tokenizer.save(dir.path()).unwrap();
+        let vocab = tokenizer.vocab_size();
+        let config = format!(
+            r#"{{"model_type": "llama", "vocab_size": {vocab}, "hidden_size": 32,
+               "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+               "max_position_embeddings": 128}}"#
+        );
+        std::fs::write(dir.path().join("config.json"), config).unwrap();
+        dir
+    }
+
+    fn config(dir: &Path, more: &str) -> TrainConfig {
+        let d = dir.display();
+        toml::from_str(&format!(
+            "model = '{d}/config.json'\ndata = ['{d}/text.txt']\noutput_dir = '{d}/out'\n{more}"
+        ))
+        .unwrap()
+    }
+
+    fn losses(dir: &Path) -> Vec<f64> {
+        let text = std::fs::read_to_string(dir.join("out/metrics.jsonl")).unwrap();
+        text.lines()
+            .map(|l| {
+                serde_json::from_str::<serde_json::Value>(l).unwrap()["loss"].as_f64().unwrap()
+            })
+            .collect()
+    }
+
+    const RUN: &str = "steps = 20\nbatch = 4\nmax_length = 24\nlr = 1e-2\nsave_every = 10\n\
+                       [plan]\ndp = 2\nzero = 1\n";
+
+    #[test]
+    fn pretraining_learns_and_a_run_that_was_cut_off_goes_on_bit_for_bit() {
+        let (whole, cut) = (folder(), folder());
+        train(Task::Pretrain, &config(whole.path(), RUN)).unwrap();
+        let all = losses(whole.path());
+        assert!(all.len() == 20 && all[19] < 0.5 * all[0], "{all:?}");
+
+        // As if it had died at step 10: the schedule is that of 20 steps, the folder ends there.
+        train(Task::Pretrain, &config(cut.path(), RUN)).unwrap();
+        std::fs::remove_dir_all(cut.path().join("out/checkpoint-20")).unwrap();
+        std::fs::remove_file(cut.path().join("out/model.safetensors")).unwrap();
+        train(Task::Pretrain, &config(cut.path(), RUN)).unwrap();
+        let read = |d: &Path| std::fs::read(d.join("out/model.safetensors")).unwrap();
+        assert_eq!(read(whole.path()), read(cut.path()));
+        let again = losses(cut.path());
+        assert_eq!((again.len(), &again[20..]), (30, &all[10..]));
+    }
+
+    #[test]
+    fn conversations_pairs_and_prompts_go_through_all_three_stages() {
+        let dir = folder();
+        let d = dir.path();
+        let line = |i: usize| {
+            format!(
+                r#"{{"prompt":"Write to Anna {i}","chosen":"Dear Anna, bye.","rejected":"No no no no."}}"#
+            )
+        };
+        let pairs: Vec<String> = (0..16).map(line).collect();
+        std::fs::write(d.join("pairs.jsonl"), pairs.join("\n")).unwrap();
+        let talks = pairs.join("\n").replace("chosen", "completion");
+        std::fs::write(d.join("talks.jsonl"), talks).unwrap();
+        let stage = |name: &str, model: &str, data: &str, more: &str| -> TrainConfig {
+            let d = d.display();
+            toml::from_str(&format!(
+                "model = '{d}/{model}'\ndata = ['{d}/{data}']\noutput_dir = '{d}/{name}'\n\
+                 tokenizer = '{d}'\nbatch = 4\nmax_length = 96\nlr = 1e-2\n{more}"
+            ))
+            .unwrap()
+        };
+        let held = format!("heldout = '{}/talks.jsonl'\nsteps = 25", d.display());
+        let said = train(Task::Sft, &stage("sft", "config.json", "talks.jsonl", &held)).unwrap();
+        let loss: f64 = said.rsplit(' ').next().unwrap().parse().unwrap();
+        assert!(loss < 1.0, "{said}");
+        let held = format!("heldout = '{}/pairs.jsonl'\nsteps = 25", d.display());
+        let said = train(Task::Reward, &stage("judge", "sft", "pairs.jsonl", &held)).unwrap();
+        assert!(said.ends_with("accuracy 1.0000"), "{said}");
+        let more = format!(
+            "reward_model = '{}/judge'\n[ppo]\niterations = 2\nrollouts = 4\nmax_new_tokens = 8",
+            d.display()
+        );
+        let said = train(Task::Ppo, &stage("ppo", "sft", "pairs.jsonl", &more)).unwrap();
+        assert!(said.contains("objective/scores"), "{said}");
+        // What came out is a model with its tokenizer.
+        ChatTokenizer::open(&d.join("ppo")).unwrap();
+        hf::load(
+            &d.join("ppo"),
+            &colossal_models::Scope::solo(),
+            colossal_models::Dtype::F32,
+            None,
+        )
+        .unwrap();
+        // A judge is asked for by name, and a language model is none.
+        let e = train(Task::Ppo, &stage("x", "sft", "pairs.jsonl", "")).unwrap_err();
+        assert!(format!("{e:#}").contains("reward_model is missing"), "{e:#}");
+        let more = format!("reward_model = '{}/sft'", d.display());
+        let e = train(Task::Ppo, &stage("x", "sft", "pairs.jsonl", &more)).unwrap_err();
+        assert!(format!("{e:#}").contains("no reward model"), "{e:#}");
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let dir = folder();
+        let e =
+            toml::from_str::<TrainConfig>("model = ''\ndata = []\nlearning_rate = 1").unwrap_err();
+        assert!(e.to_string().contains("unknown field `learning_rate`"), "{e}");
+        for (more, words) in [
+            ("batch = 3\n[plan]\ndp = 2", "no multiple"),
+            ("max_length = 4000", "one window takes 4001"),
+            ("max_length = 200", "beyond the model's 128"),
+            ("tokenizer = '/nowhere'", "tokenizer = ..."),
+            ("[plan]\ndp = 0", "dp must be at least 1"),
+        ] {
+            let e = format!("{:#}", train(Task::Pretrain, &config(dir.path(), more)).unwrap_err());
+            assert!(e.contains(words), "{more}: {e}");
+        }
+        let bin = dir.path().join("ids.bin");
+        std::fs::write(&bin, [255u8; 200]).unwrap();
+        let mut c = config(dir.path(), "max_length = 8");
+        c.data = vec![bin];
+        let e = format!("{:#}", train(Task::Pretrain, &c).unwrap_err());
+        assert!(e.contains("token 65535 is beyond"), "{e}");
+    }
+}
