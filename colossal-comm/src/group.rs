@@ -332,6 +332,42 @@ impl Shared {
         })
     }
 
+    pub(crate) fn broadcast<T: Element>(
+        &self,
+        rank: usize,
+        buf: &mut [T],
+        root: usize,
+    ) -> Result<()> {
+        let len = buf.len();
+        let call = Call { verb: Verb::Broadcast, dtype: T::NAME, len, op: None, root: Some(root) };
+        let address = buf.as_mut_ptr() as usize;
+        self.collective(rank, call, address, |posts| {
+            if rank != root {
+                // SAFETY: the root's buffer of `len` elements is only read until the second
+                // barrier, and ours is another.
+                buf.copy_from_slice(unsafe {
+                    std::slice::from_raw_parts(posts[root].input as *const T, len)
+                });
+            }
+        })
+    }
+
+    pub(crate) fn shift<T: Element>(
+        &self,
+        rank: usize,
+        input: &[T],
+        output: &mut [T],
+        by: usize,
+    ) -> Result<()> {
+        let (len, n) = (input.len(), self.ranks);
+        let call = Call { verb: Verb::Send, dtype: T::NAME, len, op: None, root: Some(by) };
+        self.collective(rank, call, input.as_ptr() as usize, |posts| {
+            let from = posts[(rank + n - by) % n].input;
+            // SAFETY: every rank posted `len` elements, unchanged until the second barrier.
+            output.copy_from_slice(unsafe { std::slice::from_raw_parts(from as *const T, len) });
+        })
+    }
+
     pub(crate) fn all_to_all<T: Element>(
         &self,
         rank: usize,
@@ -464,22 +500,66 @@ impl Group {
         self.0.shared.all_to_all(self.rank(), input, output)
     }
 
+    /// Parts of any length: the first `counts[0]` elements of `input` go to rank 0, the next
+    /// `counts[1]` to rank 1, and so on. Returns what came, in rank order, and how many from whom.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] unless there is one count per rank and they add up to `input`.
+    pub fn all_to_all_v<T: Element>(
+        &self,
+        input: &[T],
+        counts: &[usize],
+    ) -> Result<(Vec<T>, Vec<usize>)> {
+        let (rank, n) = (self.rank(), self.world_size());
+        if counts.len() != n || counts.iter().sum::<usize>() != input.len() {
+            let reason = format!(
+                "counts {counts:?} must be {n} numbers that add up to the {} elements of input",
+                input.len()
+            );
+            return Err(Error::Argument { op: "all_to_all_v", reason });
+        }
+        let mine: Vec<u64> = counts.iter().map(|c| *c as u64).collect();
+        let mut all = vec![0u64; n * n];
+        self.all_gather(&mine, &mut all)?;
+        let sent: usize = input.len() - counts[rank];
+        self.count(Verb::AllToAll, size_of::<T>() * sent);
+        let got: Vec<usize> = (0..n).map(|peer| all[peer * n + rank] as usize).collect();
+        let mut output = Vec::with_capacity(got.iter().sum());
+        let call = Call { verb: Verb::AllToAll, dtype: T::NAME, len: 0, op: None, root: None };
+        self.0.shared.collective(rank, call, input.as_ptr() as usize, |posts| {
+            for (peer, post) in posts.iter().enumerate() {
+                let skip: usize = (0..rank).map(|r| all[peer * n + r] as usize).sum();
+                // SAFETY: the peer posted as many elements as its counts, which everybody has,
+                // add up to, unchanged until the second barrier; `got[peer]` after `skip` are ours.
+                output.extend_from_slice(unsafe {
+                    std::slice::from_raw_parts((post.input as *const T).add(skip), got[peer])
+                });
+            }
+        })?;
+        Ok((output, got))
+    }
+
+    /// In a ring: `output` becomes the `input` of the rank `by` places before this one.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] unless both have one length.
+    pub fn shift<T: Element>(&self, input: &[T], output: &mut [T], by: usize) -> Result<()> {
+        self.same_len(input.len(), output.len())?;
+        let by = by % self.world_size();
+        if by == 0 {
+            output.copy_from_slice(input);
+            return Ok(());
+        }
+        self.count(Verb::Send, size_of_val(input));
+        self.0.shared.shift(self.rank(), input, output, by)
+    }
+
     /// Every rank's buffer becomes the root's.
     pub fn broadcast<T: Element>(&self, buf: &mut [T], root: usize) -> Result<()> {
         self.has("broadcast", root)?;
         let (rank, len) = (self.rank(), buf.len());
         self.count(Verb::Broadcast, if rank == root { size_of::<T>() * len } else { 0 });
-        let call = Call { verb: Verb::Broadcast, dtype: T::NAME, len, op: None, root: Some(root) };
-        let address = buf.as_mut_ptr() as usize;
-        self.0.shared.collective(rank, call, address, |posts| {
-            if rank != root {
-                // SAFETY: the root's buffer of `len` elements is only read until the second
-                // barrier, and ours is another.
-                buf.copy_from_slice(unsafe {
-                    std::slice::from_raw_parts(posts[root].input as *const T, len)
-                });
-            }
-        })
+        self.0.shared.broadcast(rank, buf, root)
     }
 
     /// The root's buffer becomes the reduction of all; others keep theirs.
@@ -726,6 +806,55 @@ impl Group {
             shared.all_to_all(rank, input.as_ref(), output.as_mut())?;
             Ok((input, output))
         })
+    }
+
+    /// [`Group::shift`] in flight: both buffers come back.
+    pub fn shift_start<T, B, C>(&self, input: B, mut output: C, by: usize) -> Pending<(B, C)>
+    where
+        T: Element,
+        B: AsRef<[T]> + Send + 'static,
+        C: AsMut<[T]> + Send + 'static,
+    {
+        if let Err(e) = self.same_len(input.as_ref().len(), output.as_mut().len()) {
+            return Pending::failed(e);
+        }
+        let by = by % self.world_size();
+        if by > 0 {
+            self.count(Verb::Send, size_of_val(input.as_ref()));
+        }
+        self.0.flight.start(move |shared, rank| {
+            match by {
+                0 => output.as_mut().copy_from_slice(input.as_ref()),
+                by => shared.shift(rank, input.as_ref(), output.as_mut(), by)?,
+            }
+            Ok((input, output))
+        })
+    }
+
+    /// [`Group::broadcast`] in flight: the buffer comes back.
+    pub fn broadcast_start<T: Element, B: AsMut<[T]> + Send + 'static>(
+        &self,
+        mut buf: B,
+        root: usize,
+    ) -> Pending<B> {
+        if let Err(e) = self.has("broadcast", root) {
+            return Pending::failed(e);
+        }
+        let len = buf.as_mut().len();
+        let bytes = if self.rank() == root { size_of::<T>() * len } else { 0 };
+        self.count(Verb::Broadcast, bytes);
+        self.0.flight.start(move |shared, rank| {
+            shared.broadcast(rank, buf.as_mut(), root)?;
+            Ok(buf)
+        })
+    }
+
+    fn same_len(&self, input: usize, output: usize) -> Result<()> {
+        if input == output {
+            return Ok(());
+        }
+        let reason = format!("input has {input} elements and output {output}; make them equal");
+        Err(Error::Argument { op: "shift", reason })
     }
 
     fn times(

@@ -234,3 +234,29 @@ proptest! {
         });
     }
 }
+
+#[test]
+fn shifts_go_round_the_ring_and_uneven_parts_find_their_rank() {
+    on_ranks(4, |g| {
+        let me = g.rank();
+        for by in 0..9 {
+            let mut got = [0i64; 3];
+            g.shift(&[me as i64; 3], &mut got, by).unwrap();
+            assert_eq!(got, [((me + 40 - by) % 4) as i64; 3]);
+            let (_, got) = g.shift_start::<i64, _, _>(vec![me as i64], vec![0], by).wait().unwrap();
+            assert_eq!(got, [((me + 40 - by) % 4) as i64]);
+        }
+        // Rank r sends s copies of (10 r + s) to rank s; rank 0 receives nothing.
+        let counts = [0, 1, 2, 3];
+        let input: Vec<i32> = (0..4).flat_map(|s| vec![(10 * me + s) as i32; s]).collect();
+        let before = g.counters().bytes_of(Verb::AllToAll);
+        let (got, from) = g.all_to_all_v(&input, &counts).unwrap();
+        let wanted: Vec<i32> = (0..4).flat_map(|r| vec![(10 * r + me) as i32; me]).collect();
+        assert_eq!((got, from), (wanted, vec![me; 4]));
+        assert_eq!(g.counters().bytes_of(Verb::AllToAll) - before, 4 * (6 - me as u64));
+        let text = g.all_to_all_v(&input, &[1, 2]).unwrap_err().to_string();
+        assert!(text.contains("add up to"), "{text}");
+        let buf = g.broadcast_start::<i32, _>(vec![me as i32; 2], 3).wait().unwrap();
+        assert_eq!(buf, [3, 3]);
+    });
+}
