@@ -40,6 +40,38 @@ pub struct Pair {
     pub rejected: Vec<Message>,
 }
 
+/// What a file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Conversations to learn from.
+    Conversations,
+    /// Pairs of answers.
+    Preferences,
+    /// Prompts to answer.
+    Prompts,
+}
+
+/// What a file holds, by the keys of its first line.
+pub fn kind(path: &Path) -> Result<Kind> {
+    let file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
+    let first = BufReader::new(file).lines().map_while(|l| l.ok()).find(|l| !l.trim().is_empty());
+    let value: Value = serde_json::from_str(&first.unwrap_or_default())
+        .with_context(|| format!("{}: its first line is no JSON object", path.display()))?;
+    let has = |key: &str| !value[key].is_null();
+    let last = value["messages"].as_array().and_then(|m| m.last());
+    let role = last.and_then(|m| m["role"].as_str().or(m["from"].as_str()));
+    Ok(match () {
+        () if has("chosen") || has("rejected") => Kind::Preferences,
+        () if has("completion") || matches!(role, Some("assistant" | "gpt")) => Kind::Conversations,
+        () if has("prompt") || has("messages") => Kind::Prompts,
+        () => bail!(
+            "{}: expected lines with messages, with prompt and completion, with prompt, chosen and \
+             rejected, or with prompt",
+            path.display()
+        ),
+    })
+}
+
 /// Conversations to learn from.
 pub fn conversations(path: &Path) -> Result<Vec<Vec<Message>>> {
     lines(path, |v| {

@@ -4,10 +4,10 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Context;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use colossal_apps::chat::rlhf::{Outcome, RlhfConfig};
 use colossal_apps::chat::talk::Chat;
+use colossal_apps::config::Given;
 use colossal_apps::train::{Task, TrainConfig, train};
 use colossal_apps::{chat, doctor, model, report};
 use colossal_kernels::{Threads, threads};
@@ -30,27 +30,26 @@ struct Cli {
 enum Command {
     /// Fine-tune, train a reward model, align by PPO, and compare answers before and after.
     ///
-    /// Without arguments it runs on the data of this repository, on two ranks, in a few minutes.
-    Rlhf {
-        /// A TOML file; every field has a default, and an unknown one is an error.
-        #[arg(long)]
-        config: Option<PathBuf>,
-        /// Where results go, instead of runs/rlhf.
-        #[arg(long)]
-        output_dir: Option<PathBuf>,
-    },
-    /// Train a model as a TOML file says; started again, it goes on from its newest checkpoint.
+    /// Without arguments it trains a small model on the data of this repository, on two ranks, in
+    /// a few minutes. With --model and --data it does the same with yours: one JSONL file with
+    /// prompt, chosen and rejected is enough; conversations and prompts may be given beside it.
+    /// A run that was cut off goes on after its last finished stage.
+    #[command(after_help = "Any field of the TOML file is a flag too: --sft-steps 50 --plan.dp 1 \
+                            --ppo.kl-coef 0.1.\nOUTPUT/config.resolved.toml shows all of them.")]
+    Rlhf(Fields),
+    /// Train a model; started again, it goes on from its newest checkpoint.
     ///
-    /// The file names `model`, `data` and, if wanted, `output_dir`, `steps`, `batch`, `max_length`,
-    /// `lr`, `save_every`, a `[plan]` (dp, tp, zero, precision, ...) and more: an unknown field is
-    /// answered with the list of all.
+    /// The TOML file names `model`, `data` and, if wanted, `output_dir`, `steps`, `batch`,
+    /// `max_length`, `lr`, `save_every`, a `[plan]` (dp, tp, zero, precision, ...) and more: an
+    /// unknown field is answered with the list of all.
+    #[command(after_help = "Any field of the TOML file is a flag too: --steps 50 --lr 1e-4 \
+                            --plan.precision bf16.\nOUTPUT/config.resolved.toml shows all of them.")]
     Train {
         /// What is trained.
         #[arg(value_enum)]
         task: TaskName,
-        /// The TOML file.
-        #[arg(long)]
-        config: PathBuf,
+        #[command(flatten)]
+        fields: Fields,
     },
     /// Run a command of this binary on N ranks: `colossal run -n 2 train sft --config FILE`.
     ///
@@ -97,6 +96,47 @@ enum Command {
     Doctor,
 }
 
+/// Where a run's configuration comes from.
+#[derive(Debug, Clone, clap::Args)]
+struct Fields {
+    /// A TOML file; flags stand over it.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// A Hugging Face folder, a GGUF file, or (train) a config.json for fresh weights.
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// A data file (for rlhf also a folder of them); may be given again.
+    #[arg(long)]
+    data: Vec<PathBuf>,
+    /// Where results go.
+    #[arg(long)]
+    output_dir: Option<PathBuf>,
+    /// Other fields, as --steps 50.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "--FIELD VALUE")]
+    others: Vec<String>,
+}
+
+impl Fields {
+    fn given(&self) -> anyhow::Result<Given> {
+        let mut given = match &self.config {
+            Some(path) => Given::file(path)?,
+            None => Given::default(),
+        }
+        .flags(&self.others)?;
+        let text = |p: &PathBuf| p.to_string_lossy().into_owned();
+        if let Some(model) = &self.model {
+            given.set("model", text(model))?;
+        }
+        if !self.data.is_empty() {
+            given.set("data", self.data.iter().map(text).collect::<Vec<_>>())?;
+        }
+        if let Some(dir) = &self.output_dir {
+            given.set("output_dir", text(dir))?;
+        }
+        Ok(given)
+    }
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum TaskName {
     /// A language model on plain text (.txt, JSONL with `text`, .bin of u16 ids).
@@ -133,24 +173,22 @@ enum ModelCommand {
 }
 
 fn main() -> ExitCode {
-    let mut cli = Cli::parse();
+    let mut cli = Cli::parse_from(fields_last(std::env::args().collect()));
     let mut ranks = None;
     if let Command::Run { n, command } = &cli.command {
         ranks = Some(*n);
-        cli =
-            Cli::parse_from(std::iter::once("colossal").chain(command.iter().map(String::as_str)));
+        let words = std::iter::once("colossal".to_string()).chain(command.iter().cloned());
+        cli = Cli::parse_from(fields_last(words.collect()));
     }
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     threads::set(Threads::new(cli.threads.unwrap_or(cores).max(1)));
     let result = match &cli.command {
-        Command::Rlhf { config, output_dir } => {
-            return rlhf(config.as_deref(), output_dir.as_deref(), ranks);
-        }
+        Command::Rlhf(fields) => return rlhf(fields, ranks),
         _ if ranks.is_some() && !matches!(cli.command, Command::Train { .. }) => {
             Err(anyhow::anyhow!("run -n N starts train and rlhf; the others run on one rank"))
         }
         Command::Run { .. } => Err(anyhow::anyhow!("run starts a command, not another run")),
-        Command::Train { task, config } => run_training(*task, config, ranks),
+        Command::Train { task, fields } => run_training(*task, fields, ranks),
         Command::Chat {
             model,
             prompt,
@@ -186,6 +224,37 @@ fn main() -> ExitCode {
     }
 }
 
+/// Moves flags that name a field of the configuration behind those that `--help` lists, so that
+/// they may be given in any order.
+fn fields_last(words: Vec<String>) -> Vec<String> {
+    let mut cli = Cli::command();
+    cli.build();
+    let Some(command) = words.get(1).and_then(|name| cli.find_subcommand(name)) else {
+        return words;
+    };
+    if command.get_name() == "run" {
+        return words;
+    }
+    let listed =
+        |flag: &str| command.get_arguments().any(|a| a.get_long() == Some(flag)) || flag == "help";
+    let (mut kept, mut fields) = (vec![], vec![]);
+    let mut words = words.into_iter();
+    while let Some(word) = words.next() {
+        match word.strip_prefix("--").map(|w| w.split_once('=').map_or(w, |(name, _)| name)) {
+            Some(flag) if !flag.is_empty() && !listed(flag) => {
+                let alone = word.contains('=');
+                fields.push(word);
+                if !alone {
+                    fields.extend(words.next());
+                }
+            }
+            _ => kept.push(word),
+        }
+    }
+    kept.extend(fields);
+    kept
+}
+
 /// Sets `plan.dp` so that the plan takes `ranks`.
 fn spread(plan: &mut Plan, ranks: Option<usize>) -> anyhow::Result<()> {
     let Some(n) = ranks else { return Ok(()) };
@@ -199,8 +268,12 @@ fn spread(plan: &mut Plan, ranks: Option<usize>) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run_training(task: TaskName, path: &Path, ranks: Option<usize>) -> anyhow::Result<()> {
-    let mut config = TrainConfig::read(path)?;
+fn run_training(task: TaskName, fields: &Fields, ranks: Option<usize>) -> anyhow::Result<()> {
+    let given = fields.given()?;
+    if !given.has("model") || !given.has("data") {
+        anyhow::bail!("name the model and the data: --model and --data, or in --config FILE");
+    }
+    let mut config: TrainConfig = given.read(None)?;
     spread(&mut config.plan, ranks)?;
     let task = match task {
         TaskName::Pretrain => Task::Pretrain,
@@ -236,19 +309,14 @@ fn failed(error: &anyhow::Error) -> ExitCode {
 }
 
 /// Runs the pipeline; the exit code says whether alignment worked.
-fn rlhf(config: Option<&Path>, output_dir: Option<&Path>, ranks: Option<usize>) -> ExitCode {
+fn rlhf(fields: &Fields, ranks: Option<usize>) -> ExitCode {
     let run = || -> anyhow::Result<Outcome> {
-        let mut run = match config {
-            None => RlhfConfig::default(),
-            Some(path) => {
-                let text =
-                    std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-                toml::from_str(&text).with_context(|| path.display().to_string())?
-            }
+        let given = fields.given()?;
+        let defaults = match given.has("model") {
+            true => RlhfConfig::pretrained(),
+            false => RlhfConfig::default(),
         };
-        if let Some(dir) = output_dir {
-            run.output_dir = dir.into();
-        }
+        let mut run = given.read(Some(&defaults))?;
         spread(&mut run.plan, ranks)?;
         let outcome = chat::rlhf::rlhf(&run)?;
         let path = report::write(&run, &outcome)?;

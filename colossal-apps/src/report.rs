@@ -26,7 +26,9 @@ pub fn summary(o: &Outcome) -> String {
     // Writing to a String cannot fail.
     let _ = writeln!(text, "\nheld-out                     before     after");
     let _ = writeln!(text, "mean reward               {:>9.3} {:>9.3}", o.reward[0], o.reward[1]);
-    let _ = writeln!(text, "score by rule (unseen)    {:>9.3} {:>9.3}", o.rule[0], o.rule[1]);
+    if let Some([before, after]) = o.rule {
+        let _ = writeln!(text, "score by rule (unseen)    {before:>9.3} {after:>9.3}");
+    }
     let _ = writeln!(text, "reward model accuracy     {:>9.3}", o.reward_accuracy);
     let _ = writeln!(text, "divergence, nats          {:>19.3}", o.kl);
     let _ = writeln!(text, "sft loss                  {:>9.3}", o.sft_loss);
@@ -36,7 +38,7 @@ pub fn summary(o: &Outcome) -> String {
     text
 }
 
-/// Writes `report.html`, `outcome.json` and `config.resolved.toml` into the output folder.
+/// Writes `report.html` and `outcome.json` into the output folder.
 pub fn write(config: &RlhfConfig, outcome: &Outcome) -> Result<PathBuf> {
     let save = |name: &str, text: &str| -> Result<PathBuf> {
         let path = config.output_dir.join(name);
@@ -44,8 +46,6 @@ pub fn write(config: &RlhfConfig, outcome: &Outcome) -> Result<PathBuf> {
         Ok(path)
     };
     let resolved = toml::to_string_pretty(config)?;
-    save("config.resolved.toml", &resolved)?;
-    save("outcome.json", &serde_json::to_string_pretty(outcome)?)?;
     let mut page = String::from(
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>RLHF</title><style>\
          body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em}\
@@ -77,7 +77,10 @@ pub fn write(config: &RlhfConfig, outcome: &Outcome) -> Result<PathBuf> {
             write!(page, "<tr><td>{}<td>{}<td>{}", escape(prompt), escape(before), escape(after));
     }
     let _ = write!(page, "</table><h2>Configuration</h2><pre>{}</pre></html>", escape(&resolved));
-    save("report.html", &page)
+    let report = save("report.html", &page)?;
+    // Last: with it the run is over, and the next one begins anew.
+    save("outcome.json", &serde_json::to_string_pretty(outcome)?)?;
+    Ok(report)
 }
 
 fn summary_table(outcome: &Outcome) -> String {

@@ -12,10 +12,12 @@ use colossal_models::train::{
     AdamW, Batch, Decay, LrSchedule, Plan, Sequences, Trainer, load_checkpoint, save_checkpoint,
 };
 use colossal_models::{Head, hf};
+use colossal_tensor::safetensors::write_atomic;
 use serde::{Deserialize, Serialize};
 
 use crate::chat::Progress;
-use crate::chat::ppo::{Models, PpoConfig, ppo};
+use crate::chat::corpus::{self, Split};
+use crate::chat::ppo::{Models, PpoConfig, Run, ppo};
 use crate::chat::reward::{TokenPair, accuracy, reward};
 use crate::chat::sft::{Talk, evaluate, sft};
 use crate::dataset;
@@ -78,9 +80,12 @@ pub struct TrainConfig {
     /// Gradients are clipped to this norm; 0 turns it off.
     #[serde(default = "clip")]
     pub clip: f32,
-    /// A checkpoint every so many steps; 0 is none.
+    /// A checkpoint every so many steps (ppo: iterations); 0 is none.
     #[serde(default)]
     pub save_every: u64,
+    /// Checkpoints to keep, the newest; 0 keeps all.
+    #[serde(default = "save_total_limit")]
+    pub save_total_limit: usize,
     /// Seed of everything.
     #[serde(default)]
     pub seed: u64,
@@ -108,6 +113,10 @@ fn max_length() -> usize {
     512
 }
 
+fn save_total_limit() -> usize {
+    2
+}
+
 fn lr() -> f32 {
     1e-4
 }
@@ -117,12 +126,6 @@ fn clip() -> f32 {
 }
 
 impl TrainConfig {
-    /// Reads a TOML file.
-    pub fn read(path: &Path) -> Result<TrainConfig> {
-        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        toml::from_str(&text).with_context(|| path.display().to_string())
-    }
-
     fn optimizer(&self) -> AdamW {
         AdamW {
             lr: LrSchedule {
@@ -136,6 +139,18 @@ impl TrainConfig {
             clip: self.clip,
             ..AdamW::default()
         }
+    }
+
+    /// Where to save next: at the next multiple of `save_every`, or at the end.
+    fn next_stop(&self, done: u64, end: u64) -> u64 {
+        match self.save_every {
+            0 => end,
+            every => (done / every + 1).saturating_mul(every).min(end),
+        }
+    }
+
+    fn checkpoint(&self, step: u64) -> PathBuf {
+        self.output_dir.join(format!("checkpoint-{step}"))
     }
 
     fn open_tokenizer(&self) -> Result<ChatTokenizer> {
@@ -165,8 +180,8 @@ impl TrainConfig {
 #[derive(Debug)]
 enum Data {
     Stream(Vec<i32>),
-    Talks([Vec<Talk>; 2]),
-    Pairs([Vec<TokenPair>; 2]),
+    Talks(Split<Talk>),
+    Pairs(Split<TokenPair>),
     Prompts(Vec<Vec<i32>>),
 }
 
@@ -186,6 +201,8 @@ pub fn train(task: Task, config: &TrainConfig) -> Result<String> {
     let tokens_only = task == Task::Pretrain && config.data.iter().all(|p| is(p, "bin"));
     let tokenizer = if tokens_only { None } else { Some(config.open_tokenizer()?) };
     let data = read(task, config, tokenizer.as_ref())?;
+    let resolved = toml::to_string_pretty(config)?;
+    write_atomic(&config.output_dir.join("config.resolved.toml"), resolved.as_bytes())?;
     let end = tokenizer.as_ref().map_or(-1, ChatTokenizer::end_of_turn);
     let results = on_ranks(config.plan.ranks(), |world| on_rank(task, config, &data, end, &world));
     let mut text = String::new();
@@ -212,14 +229,6 @@ fn read(task: Task, config: &TrainConfig, tokenizer: Option<&ChatTokenizer>) -> 
     let need = || tokenizer.ok_or_else(|| anyhow!("this data needs a tokenizer"));
     let held: Vec<PathBuf> = config.heldout.iter().cloned().collect();
     let max = config.max_length;
-    let some = |left: usize, all: usize| match left {
-        0 => Err(anyhow!("all {all} entries are longer than max_length {max}: raise it")),
-        left if left < all => {
-            eprintln!("{} of {all} entries are longer than max_length {max}: left out", all - left);
-            Ok(())
-        }
-        _ => Ok(()),
-    };
     match task {
         Task::Pretrain => {
             let mut stream = vec![];
@@ -245,62 +254,31 @@ fn read(task: Task, config: &TrainConfig, tokenizer: Option<&ChatTokenizer>) -> 
             Ok(Data::Stream(stream))
         }
         Task::Sft => {
-            let tokenizer = need()?;
             let talks = |paths: &[PathBuf]| -> Result<Vec<Talk>> {
-                let (mut out, mut all) = (vec![], 0);
-                for path in paths {
-                    for talk in dataset::conversations(path)? {
-                        all += 1;
-                        let talk = tokenizer.conversation(&talk)?;
-                        if talk.0.len() <= max && talk.1.iter().any(|l| *l) {
-                            out.push(talk);
-                        }
-                    }
-                }
-                if all > 0 {
-                    some(out.len(), all)?;
-                }
-                Ok(out)
+                corpus::talks(need()?, &all(paths, dataset::conversations)?, max)
             };
-            Ok(Data::Talks([talks(&config.data)?, talks(&held)?]))
+            Ok(Data::Talks(Split { train: talks(&config.data)?, held: talks(&held)? }))
         }
         Task::Reward => {
-            let tokenizer = need()?;
             let pairs = |paths: &[PathBuf]| -> Result<Vec<TokenPair>> {
-                let (mut out, mut all) = (vec![], 0);
-                for path in paths {
-                    for p in dataset::preferences(path)? {
-                        all += 1;
-                        let chosen = tokenizer.answered(&p.prompt, &p.chosen)?;
-                        let rejected = tokenizer.answered(&p.prompt, &p.rejected)?;
-                        if chosen.len().max(rejected.len()) <= max {
-                            out.push((chosen, rejected));
-                        }
-                    }
-                }
-                if all > 0 {
-                    some(out.len(), all)?;
-                }
-                Ok(out)
+                corpus::pairs(need()?, &all(paths, dataset::preferences)?, max)
             };
-            Ok(Data::Pairs([pairs(&config.data)?, pairs(&held)?]))
+            Ok(Data::Pairs(Split { train: pairs(&config.data)?, held: pairs(&held)? }))
         }
         Task::Ppo => {
-            let tokenizer = need()?;
-            let (mut out, mut all) = (vec![], 0);
-            for path in &config.data {
-                for prompt in dataset::prompts(path)? {
-                    all += 1;
-                    let ids = tokenizer.prompt(&prompt)?;
-                    if ids.len() + config.ppo.max_new_tokens <= max {
-                        out.push(ids);
-                    }
-                }
-            }
-            some(out.len(), all)?;
-            Ok(Data::Prompts(out))
+            let prompts = all(&config.data, dataset::prompts)?;
+            let room = config.ppo.max_new_tokens;
+            Ok(Data::Prompts(corpus::prompts(need()?, &prompts, room, max)?))
         }
     }
+}
+
+/// The entries of all these files.
+fn all<T>(paths: &[PathBuf], read: impl Fn(&Path) -> Result<Vec<T>>) -> Result<Vec<T>> {
+    paths.iter().try_fold(vec![], |mut entries, path| {
+        entries.extend(read(path)?);
+        Ok(entries)
+    })
 }
 
 fn on_rank(
@@ -325,7 +303,7 @@ fn on_rank(
     if let Data::Prompts(prompts) = data {
         return align(trainer, config, prompts, end, world);
     }
-    let newest = newest_checkpoint(&config.output_dir);
+    let newest = checkpoints(&config.output_dir, |_| true).pop();
     if let Some((step, path)) = &newest {
         load_checkpoint(&mut trainer, path)?;
         if first {
@@ -335,21 +313,20 @@ fn on_rank(
     let mut progress = Progress::open(&config.output_dir, first, newest.is_some())?;
     progress.stage(name(task), config.steps);
     while trainer.steps() < config.steps {
-        let upto = match config.save_every {
-            0 => config.steps,
-            every => (trainer.steps() / every + 1).saturating_mul(every).min(config.steps),
-        };
+        let upto = config.next_stop(trainer.steps(), config.steps);
         match data {
             Data::Stream(ids) => pretrain(&mut trainer, ids, config, upto, &mut progress)?,
-            Data::Talks([talks, _]) => sft(&mut trainer, talks, config.batch, upto, &mut progress)?,
-            Data::Pairs([pairs, _]) => {
-                reward(&mut trainer, pairs, config.batch, upto, &mut progress)?;
+            Data::Talks(talks) => {
+                sft(&mut trainer, &talks.train, config.batch, upto, &mut progress)?;
+            }
+            Data::Pairs(pairs) => {
+                reward(&mut trainer, &pairs.train, config.batch, upto, &mut progress)?;
             }
             Data::Prompts(_) => {}
         }
         if config.save_every > 0 {
-            let folder = config.output_dir.join(format!("checkpoint-{upto}"));
-            save_checkpoint(&trainer, &folder)?;
+            save_checkpoint(&trainer, &config.checkpoint(upto))?;
+            forget_old(config, first)?;
         }
     }
     progress.finish();
@@ -357,10 +334,10 @@ fn on_rank(
     let mut text =
         format!("{} steps; the model is in {}", config.steps, config.output_dir.display());
     match data {
-        Data::Talks([_, held]) if !held.is_empty() => {
+        Data::Talks(Split { held, .. }) if !held.is_empty() => {
             text += &format!("\nheld-out loss {:.4}", evaluate(&trainer, held)?);
         }
-        Data::Pairs([_, held]) if !held.is_empty() => {
+        Data::Pairs(Split { held, .. }) if !held.is_empty() => {
             text += &format!("\nheld-out accuracy {:.4}", accuracy(&trainer.model, held)?);
         }
         _ => {}
@@ -434,11 +411,38 @@ fn align(
     actor.optimizer = constant;
     let mut critic = Trainer::from_pretrained(world, plan, judge, None, constant, config.seed)?;
     let reference = hf::load(&config.model, &scope, dtype, None)?.freeze();
-    let mut progress = Progress::open(&config.output_dir, world.rank() == 0, false)?;
+    let first = world.rank() == 0;
+    // The actor's part is written last: with it a checkpoint is whole.
+    let newest = checkpoints(&config.output_dir, |path| path.join("actor").exists()).pop();
+    let mut done = 0;
+    if let Some((iteration, path)) = &newest {
+        load_checkpoint(&mut actor, &path.join("actor"))?;
+        load_checkpoint(&mut critic, &path.join("critic"))?;
+        done = *iteration;
+        if first {
+            eprintln!("going on from iteration {done} of {}", path.display());
+        }
+    }
+    let mut progress = Progress::open(&config.output_dir, first, newest.is_some())?;
     progress.stage("ppo", config.ppo.iterations);
-    let mut models =
-        Models { actor: &mut actor, critic: &mut critic, reference: &reference, reward: &reward };
-    ppo(&mut models, prompts, &[], end, &config.ppo, &mut progress)?;
+    let run = Run { prompts, demonstrations: &[], end_of_turn: end, config: &config.ppo };
+    while done < config.ppo.iterations {
+        let upto = config.next_stop(done, config.ppo.iterations);
+        let mut models = Models {
+            actor: &mut actor,
+            critic: &mut critic,
+            reference: &reference,
+            reward: &reward,
+        };
+        ppo(&mut models, &run, done..upto, &mut progress)?;
+        done = upto;
+        if config.save_every > 0 {
+            let folder = config.checkpoint(done);
+            save_checkpoint(&critic, &folder.join("critic"))?;
+            save_checkpoint(&actor, &folder.join("actor"))?;
+            forget_old(config, first)?;
+        }
+    }
     progress.finish();
     hf::save(&actor.model, &config.output_dir, 5 << 30)?;
     let of = |name: &str| {
@@ -455,16 +459,31 @@ fn align(
     ))
 }
 
-/// The checkpoint of the most steps in a folder.
-fn newest_checkpoint(folder: &Path) -> Option<(u64, PathBuf)> {
-    std::fs::read_dir(folder)
-        .ok()?
-        .flatten()
+/// Checkpoints in a folder, by step, those that are whole.
+fn checkpoints(folder: &Path, whole: impl Fn(&Path) -> bool) -> Vec<(u64, PathBuf)> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut all: Vec<(u64, PathBuf)> = entries
         .filter_map(|e| {
             let step = e.file_name().to_str()?.strip_prefix("checkpoint-")?.parse().ok()?;
             Some((step, e.path()))
         })
-        .max()
+        .filter(|(_, path)| whole(path))
+        .collect();
+    all.sort();
+    all
+}
+
+/// Removes checkpoints beyond `save_total_limit`, the oldest first.
+fn forget_old(config: &TrainConfig, first: bool) -> Result<()> {
+    if !first || config.save_total_limit == 0 {
+        return Ok(());
+    }
+    let mut all = checkpoints(&config.output_dir, |_| true);
+    all.truncate(all.len().saturating_sub(config.save_total_limit));
+    for (_, path) in all {
+        std::fs::remove_dir_all(&path).with_context(|| path.display().to_string())?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -560,6 +579,16 @@ mod tests {
         );
         let said = train(Task::Ppo, &stage("ppo", "sft", "pairs.jsonl", &more)).unwrap();
         assert!(said.contains("objective/scores"), "{said}");
+        // Cut off after the first iteration, it ends with the same weights.
+        let read = |d: &Path| std::fs::read(d.join("ppo/model.safetensors")).unwrap();
+        let whole = read(d);
+        let ppo_run = || stage("ppo", "sft", "pairs.jsonl", &format!("save_every = 1\n{more}"));
+        train(Task::Ppo, &ppo_run()).unwrap();
+        assert_eq!(read(d), whole);
+        std::fs::remove_dir_all(d.join("ppo/checkpoint-2/actor")).unwrap();
+        std::fs::remove_file(d.join("ppo/model.safetensors")).unwrap();
+        train(Task::Ppo, &ppo_run()).unwrap();
+        assert_eq!(read(d), whole);
         // What came out is a model with its tokenizer.
         ChatTokenizer::open(&d.join("ppo")).unwrap();
         hf::load(

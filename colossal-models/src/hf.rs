@@ -276,8 +276,9 @@ pub fn save(model: &CausalLm, folder: &Path, shard_bytes: usize) -> Result<()> {
     }
     let config = serde_json::to_vec_pretty(&config_json(&model.config, dtype))
         .map_err(|e| Error::Other(e.to_string()))?;
-    write_atomic(&folder.join("config.json"), &config)?;
-    write_weights(folder, tensors, shard_bytes)
+    write_weights(folder, tensors, shard_bytes)?;
+    // Last: a folder that has it is whole.
+    write_atomic(&folder.join("config.json"), &config)
 }
 
 fn write_weights(

@@ -4,6 +4,7 @@
 //! `reward_loss`); the loops read from top to bottom.
 
 pub mod advantage;
+pub mod corpus;
 pub mod kl;
 pub mod policy_loss;
 pub mod ppo;

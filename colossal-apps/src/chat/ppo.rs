@@ -3,6 +3,8 @@
 //! An iteration reads from top to bottom: roll out, score, subtract the divergence from the
 //! reference, estimate advantages, take the clipped policy and value steps.
 
+use std::ops::Range;
+
 use anyhow::Result;
 use colossal_comm::ReduceOp;
 use colossal_models::generate::{Sampling, generate};
@@ -96,24 +98,37 @@ pub struct Models<'a> {
     pub reward: &'a CausalLm,
 }
 
-/// Trains the actor on answers to `prompts`; `demonstrations` are mixed in with `ptx_coef`.
+/// What PPO learns from.
+#[derive(Debug, Clone, Copy)]
+pub struct Run<'a> {
+    /// Prompts to answer.
+    pub prompts: &'a [Vec<i32>],
+    /// Conversations, mixed in with `ptx_coef`.
+    pub demonstrations: &'a [Talk],
+    /// The token that ends an answer.
+    pub end_of_turn: i32,
+    /// Hyper-parameters.
+    pub config: &'a PpoConfig,
+}
+
+/// Trains the actor on its own answers. An iteration is a function of the models and its number,
+/// so a run may be cut into ranges of iterations.
 pub fn ppo(
     models: &mut Models<'_>,
-    prompts: &[Vec<i32>],
-    demonstrations: &[Talk],
-    end_of_turn: i32,
-    config: &PpoConfig,
+    run: &Run<'_>,
+    iterations: Range<u64>,
     progress: &mut Progress,
 ) -> Result<()> {
-    let order = Sequences::new(prompts.len(), models.actor.seed());
+    let config = run.config;
+    let order = Sequences::new(run.prompts.len(), models.actor.seed());
     let (part, parts) = models.actor.data_part();
     let own = config.rollouts / parts;
-    for iteration in 0..config.iterations {
+    for iteration in iterations {
         let picked = order.take(iteration * config.rollouts as u64, config.rollouts);
-        let picked: Vec<Vec<i32>> =
-            picked[part * own..(part + 1) * own].iter().map(|i| prompts[*i].clone()).collect();
+        let picked = &picked[part * own..(part + 1) * own];
+        let picked: Vec<Vec<i32>> = picked.iter().map(|i| run.prompts[*i].clone()).collect();
         let seed = (iteration * parts as u64 + part as u64) ^ (models.actor.seed() << 32);
-        let mut rollouts = roll_out(models, &picked, end_of_turn, seed, config)?;
+        let mut rollouts = roll_out(models, &picked, run.end_of_turn, seed, config)?;
 
         // Whitened over all tokens of all ranks, after the returns were formed.
         let mut sums = moments(rollouts.iter().flat_map(|r| &r.advantages));
@@ -127,7 +142,7 @@ pub fn ppo(
             for minibatch in shuffled.chunks(own.div_ceil(config.minibatches)) {
                 let batch: Vec<&Rollout> = minibatch.iter().map(|i| &rollouts[*i]).collect();
                 let at = (iteration, updates as u64);
-                let update = update(models, &batch, demonstrations, at, config)?;
+                let update = update(models, &batch, run.demonstrations, at, config)?;
                 policy += update.policy;
                 value += update.value;
                 clipped += update.clipped;

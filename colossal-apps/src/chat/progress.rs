@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 
 /// One number of one step.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,22 +32,22 @@ pub struct Progress {
 
 impl Progress {
     /// A progress that logs to `folder/metrics.jsonl` if `show`, and is silent otherwise.
-    pub fn new(folder: &Path, show: bool) -> Result<Progress> {
-        Progress::open(folder, show, false)
-    }
-
-    /// The same; `resumed` runs add to the log instead of beginning a new one.
+    ///
+    /// `resumed` runs add to the log, and know the numbers it has, instead of beginning a new one.
     pub fn open(folder: &Path, show: bool, resumed: bool) -> Result<Progress> {
-        let log = if show {
-            std::fs::create_dir_all(folder)?;
-            let path = folder.join("metrics.jsonl");
-            let mut options = File::options();
-            options.create(true).write(true).append(resumed).truncate(!resumed);
-            Some(options.open(&path).with_context(|| path.display().to_string())?)
-        } else {
-            None
-        };
-        Ok(Progress { log, bar: ProgressBar::hidden(), points: vec![] })
+        let mut progress = Progress { log: None, bar: ProgressBar::hidden(), points: vec![] };
+        if !show {
+            return Ok(progress);
+        }
+        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        let path = folder.join("metrics.jsonl");
+        if resumed && let Ok(text) = std::fs::read_to_string(&path) {
+            progress.points = text.lines().flat_map(points).collect();
+        }
+        let mut options = File::options();
+        options.create(true).write(true).append(resumed).truncate(!resumed);
+        progress.log = Some(options.open(&path).with_context(|| path.display().to_string())?);
+        Ok(progress)
     }
 
     /// A stage of `steps` steps begins.
@@ -75,17 +75,36 @@ impl Progress {
             self.points.push(point);
         }
         // A full disk must not end a run that can still save its model elsewhere.
-        let _ = writeln!(log, "{}", serde_json::Value::Object(line));
+        let _ = writeln!(log, "{}", Value::Object(line));
         self.bar.set_position(step);
         let shown: Vec<String> =
             numbers.iter().take(3).map(|(n, v)| format!("{} {v:.3}", short(n))).collect();
         self.bar.set_message(shown.join("  "));
     }
 
+    /// The newest value of a number.
+    pub fn last(&self, name: &str) -> Option<f64> {
+        self.points.iter().rev().find(|p| p.name == name).map(|p| p.value)
+    }
+
     /// The current stage is over.
     pub fn finish(&mut self) {
         self.bar.finish();
     }
+}
+
+/// The numbers of a line of the log; a line that was cut off has none.
+fn points(line: &str) -> Vec<Point> {
+    let Ok(Value::Object(line)) = serde_json::from_str(line) else { return vec![] };
+    let stage = line.get("stage").and_then(Value::as_str).unwrap_or_default();
+    let step = line.get("step").and_then(Value::as_u64).unwrap_or_default();
+    line.iter()
+        .filter(|(name, _)| *name != "stage" && *name != "step")
+        .filter_map(|(name, value)| {
+            let (stage, name) = (stage.to_string(), name.clone());
+            Some(Point { stage, step, name, value: value.as_f64()? })
+        })
+        .collect()
 }
 
 fn short(name: &str) -> &str {

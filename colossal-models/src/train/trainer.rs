@@ -175,6 +175,11 @@ impl Trainer {
         self.seed
     }
 
+    /// The model alone: gradients and moments are freed.
+    pub fn into_model(self) -> CausalLm {
+        self.model
+    }
+
     /// This rank's coordinate on the `dp` axis, and its size: which part of a batch is its own.
     pub fn data_part(&self) -> (usize, usize) {
         let mesh = self.model.scope().mesh();
