@@ -4,6 +4,7 @@ use crate::elementwise::check;
 use crate::float::Float;
 use crate::isa::simd;
 use crate::math::{erf, exp, sigmoid, tanh};
+use crate::profile;
 use crate::threads::{Parts, parallel_for, rows};
 
 const SQRT_2_OVER_PI: f32 = 0.797_884_6;
@@ -14,6 +15,7 @@ macro_rules! activation {
     ($(#[$doc:meta])* $name:ident, $backward:ident, |$x:ident| $f:expr, $slope:expr) => {
         $(#[$doc])*
         pub fn $name<T: Float>(x: &[T], y: &mut [T]) {
+            let _span = profile::moves::<T>(stringify!($name), x.len(), 2);
             check(stringify!($name), x.len(), y.len());
             simd! { fn piece<T: Float>(x: &[T], y: &mut [T]) {
                 for (y, x) in y.iter_mut().zip(x) {
@@ -26,6 +28,7 @@ macro_rules! activation {
 
         #[doc = concat!("`dx = dy * f'(x)` for [`", stringify!($name), "`].")]
         pub fn $backward<T: Float>(dy: &[T], x: &[T], dx: &mut [T]) {
+            let _span = profile::moves::<T>(stringify!($backward), x.len(), 3);
             check(stringify!($backward), dy.len(), x.len());
             check(stringify!($backward), dy.len(), dx.len());
             simd! { fn piece<T: Float>(dy: &[T], x: &[T], dx: &mut [T]) {
@@ -70,6 +73,7 @@ activation! {
 
 /// `y = silu(gate) * up`.
 pub fn swiglu<T: Float>(gate: &[T], up: &[T], y: &mut [T]) {
+    let _span = profile::moves::<T>("swiglu", gate.len(), 3);
     check("swiglu", gate.len(), up.len());
     check("swiglu", gate.len(), y.len());
     simd! { fn piece<T: Float>(gate: &[T], up: &[T], y: &mut [T]) {
@@ -83,6 +87,7 @@ pub fn swiglu<T: Float>(gate: &[T], up: &[T], y: &mut [T]) {
 
 /// Gradients of [`swiglu`] with respect to both operands.
 pub fn swiglu_backward<T: Float>(dy: &[T], gate: &[T], up: &[T], dgate: &mut [T], dup: &mut [T]) {
+    let _span = profile::moves::<T>("swiglu_backward", dy.len(), 5);
     for len in [gate.len(), up.len(), dgate.len(), dup.len()] {
         check("swiglu_backward", dy.len(), len);
     }

@@ -5,6 +5,7 @@ use half::bf16;
 use crate::elementwise::check;
 use crate::float::Float;
 use crate::isa::simd;
+use crate::profile::{self, Work};
 use crate::threads::{Parts, parallel_for};
 
 /// The hyper-parameters of one update.
@@ -65,6 +66,7 @@ impl AdamW {
         v: &mut [f32],
         grad_scale: f32,
     ) {
+        let _span = profile::moves::<f32>("adamw", params.len(), 7);
         for len in [grads.len(), m.len(), v.len()] {
             check("adamw", params.len(), len);
         }
@@ -94,6 +96,10 @@ impl AdamW {
         m: &mut [f32],
         v: &mut [f32],
     ) {
+        let _span = profile::span::<f32>("adamw_bf16", [master.len(), 0, 0], || Work {
+            flops: 0,
+            bytes: 30 * master.len() as u64,
+        });
         for len in [params.len(), grads.len(), m.len(), v.len()] {
             check("adamw", master.len(), len);
         }

@@ -9,6 +9,7 @@ use crate::float::Float;
 use crate::gemm::{Epilogue, Mat, MatMut, gemm, with_workspace};
 use crate::isa::simd;
 use crate::math::exp;
+use crate::profile::{self, Work};
 use crate::threads::{Parts, parallel_for};
 
 /// Sizes and mask of an attention call.
@@ -107,6 +108,19 @@ impl AttentionShape<'_> {
         start..end
     }
 
+    /// Products of `products` matrices per visible pair of a query and a key.
+    fn work<T>(&self, products: usize, tensors: usize) -> Work {
+        let pairs: usize = (0..self.batch)
+            .map(|b| (0..self.q_real(b)).map(|i| self.visible(b, i).len()).sum::<usize>())
+            .sum();
+        let element = self.head_dim * size_of::<T>();
+        let kv = self.kv_len * self.kv_heads;
+        Work {
+            flops: (2 * products * pairs * self.heads * self.head_dim) as u64,
+            bytes: (tensors * self.batch * (self.q_len * self.heads + kv) * element) as u64,
+        }
+    }
+
     fn check(&self, q: usize, k: usize, v: usize, out: usize, lse: usize) {
         let row = self.heads * self.head_dim;
         assert!(
@@ -157,6 +171,8 @@ pub fn flash_attention<T: Float>(
     lse: &mut [f32],
 ) {
     s.check(q.len(), k.len(), v.len(), out.len(), lse.len());
+    let dims = [s.batch * s.heads, s.q_len, s.kv_len];
+    let _span = profile::span::<T>("attention", dims, || s.work::<T>(2, 2));
     let (d, row) = (s.head_dim, s.heads * s.head_dim);
     let (out, lse) = (Parts::new(out), Parts::new(lse));
     parallel_for(s.batch * s.heads, 1, |range| {
@@ -415,6 +431,8 @@ pub fn flash_attention_backward<T: Float>(
     dv: &mut [T],
 ) {
     s.check(q.len(), k.len(), v.len(), out.len(), lse.len());
+    let dims = [s.batch * s.heads, s.q_len, s.kv_len];
+    let _span = profile::span::<T>("attention_backward", dims, || s.work::<T>(5, 4));
     assert!(
         dout.len() == q.len() && dq.len() == q.len() && dk.len() == k.len() && dv.len() == v.len(),
         "attention_backward: gradients are as long as what they belong to"

@@ -3,10 +3,15 @@
 use crate::elementwise::check;
 use crate::float::Float;
 use crate::isa::simd;
+use crate::profile::{self, Work};
 use crate::threads::rows;
 
 /// `y = x` in another type, rounded to nearest even.
 pub fn cast<A: Float, B: Float>(x: &[A], y: &mut [B]) {
+    let _span = profile::span::<A>("cast", [x.len(), 0, 0], || Work {
+        flops: 0,
+        bytes: (x.len() * (size_of::<A>() + size_of::<B>())) as u64,
+    });
     check("cast", x.len(), y.len());
     simd! { fn piece<A: Float, B: Float>(x: &[A], y: &mut [B]) {
         for (y, x) in y.iter_mut().zip(x) {

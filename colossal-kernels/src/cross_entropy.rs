@@ -6,6 +6,7 @@
 use crate::float::Float;
 use crate::isa::simd;
 use crate::math::exp;
+use crate::profile;
 use crate::softmax::{row_max, row_sum_exp};
 use crate::threads::{Parts, parallel_for};
 
@@ -22,6 +23,7 @@ pub fn cross_entropy<T: Float>(
     loss: &mut [f32],
     lse: &mut [f32],
 ) {
+    let _span = profile::moves::<T>("cross_entropy", logits.len(), 1);
     let rows = targets.len();
     assert_eq!(logits.len(), rows * vocab, "cross_entropy: logits must be [rows, vocab]");
     assert!(loss.len() == rows && lse.len() == rows, "cross_entropy: one loss and lse per row");
@@ -51,6 +53,7 @@ pub fn cross_entropy_backward<T: Float>(
     lse: &[f32],
     logits_to_grad: &mut [T],
 ) {
+    let _span = profile::moves::<T>("cross_entropy_backward", logits_to_grad.len(), 2);
     let rows = targets.len();
     assert_eq!(
         logits_to_grad.len(),
@@ -83,6 +86,7 @@ pub fn cross_entropy_backward<T: Float>(
 
 /// Maximum and sum of `exp(x - max)` of each row: what ranks of a sharded vocabulary combine.
 pub fn logits_stats<T: Float>(logits: &[T], vocab: usize, max: &mut [f32], sum: &mut [f32]) {
+    let _span = profile::moves::<T>("logits_stats", logits.len(), 1);
     assert_eq!(logits.len(), max.len() * vocab, "logits_stats: logits must be [rows, vocab]");
     let rows = max.len();
     let (max, sum) = (Parts::new(max), Parts::new(sum));

@@ -2,6 +2,7 @@
 
 use crate::float::Float;
 use crate::isa::simd;
+use crate::profile::{self, Work};
 use crate::threads::rows;
 
 /// Operands of an element-wise kernel are equally long.
@@ -13,6 +14,7 @@ macro_rules! binary {
     ($(#[$doc:meta])* $name:ident, |$a:ident, $b:ident| $f:expr) => {
         $(#[$doc])*
         pub fn $name<T: Float>(a: &[T], b: &[T], y: &mut [T]) {
+            let _span = profile::moves::<T>(stringify!($name), a.len(), 3);
             check(stringify!($name), a.len(), b.len());
             check(stringify!($name), a.len(), y.len());
             simd! { fn piece<T: Float>(a: &[T], b: &[T], y: &mut [T]) {
@@ -41,6 +43,7 @@ binary! {
 
 /// `y = s x`.
 pub fn scale<T: Float>(x: &[T], s: f32, y: &mut [T]) {
+    let _span = profile::moves::<T>("scale", x.len(), 2);
     check("scale", x.len(), y.len());
     simd! { fn piece<T: Float>(x: &[T], s: f32, y: &mut [T]) {
         for (y, x) in y.iter_mut().zip(x) {
@@ -52,6 +55,7 @@ pub fn scale<T: Float>(x: &[T], s: f32, y: &mut [T]) {
 
 /// `y += x`.
 pub fn add_assign<T: Float>(x: &[T], y: &mut [T]) {
+    let _span = profile::moves::<T>("add_assign", x.len(), 3);
     check("add_assign", x.len(), y.len());
     simd! { fn piece<T: Float>(x: &[T], y: &mut [T]) {
         for (y, x) in y.iter_mut().zip(x) {
@@ -63,6 +67,7 @@ pub fn add_assign<T: Float>(x: &[T], y: &mut [T]) {
 
 /// `y += a x`.
 pub fn axpy<T: Float>(a: f32, x: &[T], y: &mut [T]) {
+    let _span = profile::moves::<T>("axpy", x.len(), 3);
     check("axpy", x.len(), y.len());
     simd! { fn piece<T: Float>(a: f32, x: &[T], y: &mut [T]) {
         for (y, x) in y.iter_mut().zip(x) {
@@ -74,6 +79,10 @@ pub fn axpy<T: Float>(a: f32, x: &[T], y: &mut [T]) {
 
 /// `y += x` into an f32 accumulator.
 pub fn add_into<T: Float>(x: &[T], y: &mut [f32]) {
+    let _span = profile::span::<T>("add_into", [x.len(), 0, 0], || Work {
+        flops: 0,
+        bytes: (x.len() * (size_of::<T>() + 8)) as u64,
+    });
     check("add_into", x.len(), y.len());
     simd! { fn piece<T: Float>(x: &[T], y: &mut [f32]) {
         for (y, x) in y.iter_mut().zip(x) {
@@ -85,6 +94,7 @@ pub fn add_into<T: Float>(x: &[T], y: &mut [f32]) {
 
 /// `y[i] = x[i] + bias` for rows `x [rows, bias.len()]`.
 pub fn add_bias<T: Float>(x: &[T], bias: &[T], y: &mut [T]) {
+    let _span = profile::moves::<T>("add_bias", x.len(), 2);
     check("add_bias", x.len(), y.len());
     let n = bias.len();
     if n == 0 {

@@ -1,10 +1,12 @@
 //! Norm and scale of many tensors at once: gradient clipping.
 
 use crate::isa::simd;
+use crate::profile;
 use crate::threads::{Parts, parallel_for};
 
 /// The sum of squares, in f64 over blocks of f32.
 pub fn sum_of_squares(x: &[f32]) -> f64 {
+    let _span = profile::moves::<f32>("sum_of_squares", x.len(), 1);
     simd! { fn block(x: &[f32]) -> f32 {
         let mut lanes = [0.0f32; 16];
         let chunks = x.chunks_exact(16);

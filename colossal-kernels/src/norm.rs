@@ -3,6 +3,7 @@
 use crate::elementwise::check;
 use crate::float::Float;
 use crate::isa::simd;
+use crate::profile;
 use crate::threads::{Parts, count, parallel_for};
 
 simd! {
@@ -38,6 +39,7 @@ simd! {
 
 /// `y = x * rstd * weight`, `rstd = 1 / sqrt(mean(x²) + eps)` kept per row.
 pub fn rms_norm<T: Float>(x: &[T], weight: &[T], eps: f32, y: &mut [T], rstd: &mut [f32]) {
+    let _span = profile::moves::<T>("rms_norm", x.len(), 2);
     let dim = weight.len();
     check("rms_norm", x.len(), y.len());
     check("rms_norm", x.len(), rstd.len() * dim);
@@ -68,6 +70,7 @@ pub fn rms_norm_backward<T: Float>(
     dx: &mut [T],
     dweight: &mut [f32],
 ) {
+    let _span = profile::moves::<T>("rms_norm_backward", x.len(), 3);
     let dim = weight.len();
     check("rms_norm_backward", dy.len(), x.len());
     check("rms_norm_backward", dy.len(), rstd.len() * dim);
@@ -103,6 +106,7 @@ pub fn layer_norm<T: Float>(
     mean: &mut [f32],
     rstd: &mut [f32],
 ) {
+    let _span = profile::moves::<T>("layer_norm", x.len(), 2);
     let dim = weight.len();
     check("layer_norm", bias.len(), dim);
     check("layer_norm", x.len(), y.len());
@@ -140,6 +144,7 @@ pub fn layer_norm_backward<T: Float>(
     dweight: &mut [f32],
     dbias: &mut [f32],
 ) {
+    let _span = profile::moves::<T>("layer_norm_backward", x.len(), 3);
     let dim = weight.len();
     check("layer_norm_backward", dy.len(), x.len());
     check("layer_norm_backward", dy.len(), rstd.len() * dim);

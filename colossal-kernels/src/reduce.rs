@@ -2,10 +2,12 @@
 
 use crate::float::Float;
 use crate::isa::simd;
+use crate::profile;
 use crate::threads::{Parts, parallel_for};
 
 /// The sum of all elements. Blocks of 4096 are added in f32, their sums in f64.
 pub fn sum<T: Float>(x: &[T]) -> f32 {
+    let _span = profile::moves::<T>("sum", x.len(), 1);
     simd! { fn block<T: Float>(x: &[T]) -> f32 {
         let mut lanes = [0.0f32; 16];
         let chunks = x.chunks_exact(16);
@@ -27,6 +29,7 @@ pub fn max<T: Float>(x: &[T]) -> f32 {
 
 /// `out += ` the sum over rows of `x [rows, dim]`: the gradient of a bias.
 pub fn sum_rows<T: Float>(x: &[T], dim: usize, out: &mut [f32]) {
+    let _span = profile::moves::<T>("sum_rows", x.len(), 1);
     assert_eq!(out.len(), dim, "sum_rows: out has {} elements, rows have {dim}", out.len());
     if dim == 0 {
         return;
@@ -49,6 +52,7 @@ pub fn sum_rows<T: Float>(x: &[T], dim: usize, out: &mut [f32]) {
 
 /// `out[r] = ` the sum of row `r` of `x [rows, dim]`.
 pub fn sum_last<T: Float>(x: &[T], dim: usize, out: &mut [f32]) {
+    let _span = profile::moves::<T>("sum_last", x.len(), 1);
     assert_eq!(x.len(), out.len() * dim, "sum_last: one sum per row of {dim}");
     crate::threads::rows(x, dim, out, 1, |_, x, out| {
         for (r, o) in out.iter_mut().enumerate() {

@@ -2,6 +2,7 @@
 
 use crate::float::Float;
 use crate::isa::simd;
+use crate::profile;
 use crate::threads::rows;
 
 /// Rotates `x [tokens, heads, head_dim]`; `cos` and `sin` are `[positions, head_dim / 2]`.
@@ -14,6 +15,7 @@ pub fn rope<T: Float>(
     head_dim: usize,
     y: &mut [T],
 ) {
+    let _span = profile::moves::<T>("rope", x.len(), 2);
     rotate(x, positions, cos, sin, heads, head_dim, 1.0, y);
 }
 
@@ -27,6 +29,7 @@ pub fn rope_backward<T: Float>(
     head_dim: usize,
     dx: &mut [T],
 ) {
+    let _span = profile::moves::<T>("rope_backward", dy.len(), 2);
     rotate(dy, positions, cos, sin, heads, head_dim, -1.0, dx);
 }
 

@@ -4,6 +4,7 @@ use crate::elementwise::check;
 use crate::float::Float;
 use crate::isa::simd;
 use crate::math::exp;
+use crate::profile;
 use crate::threads::rows;
 
 simd! {
@@ -39,6 +40,7 @@ simd! {
 
 /// `y = softmax(x)` over rows of `dim`.
 pub fn softmax<T: Float>(x: &[T], dim: usize, y: &mut [T]) {
+    let _span = profile::moves::<T>("softmax", x.len(), 2);
     check("softmax", x.len(), y.len());
     simd! { fn write<T: Float>(x: &[T], max: f32, scale: f32, y: &mut [T]) {
         for (y, x) in y.iter_mut().zip(x) {
@@ -55,6 +57,7 @@ pub fn softmax<T: Float>(x: &[T], dim: usize, y: &mut [T]) {
 
 /// `dx = y * (dy - sum(dy * y))` over rows of `dim`.
 pub fn softmax_backward<T: Float>(dy: &[T], y: &[T], dim: usize, dx: &mut [T]) {
+    let _span = profile::moves::<T>("softmax_backward", dy.len(), 3);
     check("softmax_backward", dy.len(), y.len());
     check("softmax_backward", dy.len(), dx.len());
     simd! { fn write<T: Float>(dy: &[T], y: &[T], dx: &mut [T]) {
@@ -80,6 +83,7 @@ pub fn softmax_backward<T: Float>(dy: &[T], y: &[T], dim: usize, dx: &mut [T]) {
 
 /// `y = x - logsumexp(x)` over rows of `dim`.
 pub fn log_softmax<T: Float>(x: &[T], dim: usize, y: &mut [T]) {
+    let _span = profile::moves::<T>("log_softmax", x.len(), 2);
     check("log_softmax", x.len(), y.len());
     simd! { fn write<T: Float>(x: &[T], lse: f32, y: &mut [T]) {
         for (y, x) in y.iter_mut().zip(x) {
@@ -96,6 +100,7 @@ pub fn log_softmax<T: Float>(x: &[T], dim: usize, y: &mut [T]) {
 
 /// `dx = dy - exp(y) sum(dy)` over rows of `dim`, where `y` came from [`log_softmax`].
 pub fn log_softmax_backward<T: Float>(dy: &[T], y: &[T], dim: usize, dx: &mut [T]) {
+    let _span = profile::moves::<T>("log_softmax_backward", dy.len(), 3);
     check("log_softmax_backward", dy.len(), y.len());
     check("log_softmax_backward", dy.len(), dx.len());
     simd! { fn write<T: Float>(dy: &[T], y: &[T], sum: f32, dx: &mut [T]) {

@@ -91,7 +91,10 @@ impl Threads {
                 let shared = shared.clone();
                 std::thread::Builder::new()
                     .name(format!("compute {i}"))
-                    .spawn(move || shared.serve())
+                    .spawn(move || {
+                        crate::profile::helper();
+                        shared.serve();
+                    })
                     .expect("the system can start the compute threads that were asked for")
             })
             .collect();

@@ -1,11 +1,12 @@
 //! Whole training steps of the reference models: prints the median tokens per second.
 //!
-//! `cargo run --release -p colossal-models --example train_bench -- llama 2 [f32|bf16] [steps]`
+//! `cargo run --release -p colossal-models --example train_bench -- llama 2 [f32|bf16] [steps]
+//! [trace.json]`; with a path the last step is profiled: a table here, a Chrome trace there.
 #![forbid(unsafe_code)]
 
 use std::error::Error;
 
-use colossal_kernels::{Threads, threads};
+use colossal_kernels::{Floor, Threads, profile, threads};
 use colossal_models::gpt2::Gpt2Config;
 use colossal_models::llama::LlamaConfig;
 use colossal_models::train::{AdamW, Batch, LrSchedule, Plan, Precision, Trainer};
@@ -28,26 +29,58 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     threads::set(Threads::new(arg(1, "2").parse()?));
     let precision = if arg(2, "f32") == "bf16" { Precision::Bf16 } else { Precision::F32 };
-    let steps: usize = arg(3, "6").parse()?;
+    let steps: usize = arg(3, "6").parse().unwrap_or(6);
     let plan = Plan { precision, ..Plan::default() };
     let rule = AdamW { lr: LrSchedule::constant(3e-4), weight_decay: 0.01, ..AdamW::default() };
     let mut trainer = Trainer::new(&Group::solo(), &plan, &config, rule, 0)?;
     let stream = colossal_tensor::random::Stream::new(0, 0);
     let ids: Vec<i32> = (0..4 * 257).map(|i| (stream.bits(i) % 8192) as i32).collect();
     let batch = Batch::windows(&ids.chunks(257).collect::<Vec<_>>())?;
+    for _ in 0..2 {
+        trainer.step(&batch)?;
+    }
+    if arg(3, "") == "serve" {
+        return serve(&mut trainer, &batch);
+    }
     let mut speeds = Vec::new();
     let mut last = None;
-    for step in 0..steps + 2 {
-        let report = trainer.step(&batch)?;
-        if step >= 2 {
-            speeds.push(report.tokens_per_second);
+    for step in 0..steps {
+        if step + 1 == steps && args.len() > 4 {
+            profile::start();
         }
+        let report = trainer.step(&batch)?;
+        speeds.push(report.tokens_per_second);
         last = Some(report);
+    }
+    if let Some(path) = args.get(4) {
+        print!("{}", profile::stop().report(path.as_ref())?);
     }
     speeds.sort_by(f64::total_cmp);
     if let Some(r) = last {
         println!("loss {:.4}, mfu {:.2}, peak {} MiB", r.loss, r.mfu, r.peak_bytes >> 20);
     }
     println!("{:.1} tokens/s", speeds[speeds.len() / 2]);
+    Ok(())
+}
+
+/// For `cargo xtask bench train`: each line asks for the median speed of three steps, beside the
+/// speed at which the step's products would run at the peak of the multiply-adds.
+fn serve(trainer: &mut Trainer, batch: &Batch) -> Result<(), Box<dyn Error>> {
+    profile::start();
+    let tokens = trainer.step(batch)?.tokens as f64;
+    let mut products = profile::stop().events;
+    products.retain(|e| e.work.flops > 0);
+    println!("{{\"name\": \"colossal\"}}");
+    for line in std::io::stdin().lines() {
+        line?;
+        let floor = Floor::measure();
+        let mut speeds = Vec::new();
+        for _ in 0..3 {
+            speeds.push(trainer.step(batch)?.tokens_per_second);
+        }
+        speeds.sort_by(f64::total_cmp);
+        let least: f64 = products.iter().map(|e| e.floor(&floor)).sum::<f64>() / 1e9;
+        println!("{{\"speed\": {}, \"floor\": {}}}", speeds[1], tokens / least);
+    }
     Ok(())
 }

@@ -15,6 +15,7 @@ use std::cell::RefCell;
 use crate::float::Float;
 use crate::isa::{isa, simd};
 use crate::math::{erf, sigmoid, tanh};
+use crate::profile::{self, Work};
 use crate::threads::{Parts, parallel_for};
 use micro::{Kernel, TILE};
 
@@ -198,6 +199,11 @@ pub fn gemm<T: Float, O: Float>(
     if c.rows == 0 || c.cols == 0 {
         return;
     }
+    let (m, n, k) = (a.rows, b.cols, a.cols);
+    let _span = profile::span::<T>("gemm", [m, n, k], || Work {
+        flops: 2 * (m * n * k) as u64,
+        bytes: ((m + n) * k * size_of::<T>() + m * n * size_of::<O>()) as u64,
+    });
     let sink = Sink {
         data: Parts::new(c.data),
         row_stride: c.row_stride,

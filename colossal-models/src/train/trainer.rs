@@ -221,7 +221,10 @@ impl Trainer {
         let mut total = 0.0;
         let mut waiting = HashMap::new();
         for i in 0..self.plan.microbatches {
+            let forward = kernels::profile::phase("forward");
             let term = loss(&self.model, i)?;
+            drop(forward);
+            let _backward = kernels::profile::phase("backward");
             total += self.global_value(&term)?;
             let mut sink = Sink {
                 trainer_slots: &self.slots,
@@ -269,6 +272,7 @@ impl Trainer {
 
     /// Clips, updates this rank's pieces, gathers everybody's.
     fn update(&mut self, loss: f32) -> Result<(f32, f32)> {
+        let _update = kernels::profile::phase("update");
         let norm = self.grad_norm()?;
         if !loss.is_finite() || !norm.is_finite() {
             self.zero.clear();

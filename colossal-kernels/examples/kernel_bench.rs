@@ -1,0 +1,98 @@
+//! Kernels at a prompt, for `cargo xtask bench kernels`: each line names a case, as
+//! `gemm f32 512 512 512` or `attention bf16 4 256 8 64`; the answer is its calls per second
+//! (median over about 0.3 s) and what the machine would allow.
+//!
+//! `cargo run --release -p colossal-kernels --example kernel_bench -- 2`
+#![forbid(unsafe_code)]
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use colossal_kernels::*;
+use half::bf16;
+
+fn main() {
+    let count = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(1);
+    threads::set(Threads::new(count));
+    println!("{{\"name\": \"colossal-kernels\"}}");
+    for line in std::io::stdin().lines().map_while(Result::ok) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let sizes: Vec<usize> = words.iter().skip(2).filter_map(|w| w.parse().ok()).collect();
+        let dtype = words.get(1).copied().unwrap_or("");
+        let run: Option<Box<dyn FnMut()>> = match (words.first().copied(), dtype) {
+            (Some(kernel), "f32") => case::<f32>(kernel, &sizes),
+            (Some(kernel), "bf16") => case::<bf16>(kernel, &sizes),
+            _ => None,
+        };
+        let Some(mut run) = run else {
+            println!("{{\"error\": \"no such case: {}\"}}", line.replace(['"', '\\'], "'"));
+            continue;
+        };
+        profile::start();
+        run();
+        let events = profile::stop().events;
+        let floor = Floor::measure();
+        let least: f64 = events.iter().map(|e| e.floor(&floor)).sum::<f64>() / 1e9;
+        let (began, mut times) = (Instant::now(), vec![]);
+        while began.elapsed().as_secs_f64() < 0.3 || times.len() < 5 {
+            let start = Instant::now();
+            run();
+            times.push(start.elapsed().as_secs_f64());
+        }
+        times.sort_by(f64::total_cmp);
+        println!("{{\"speed\": {}, \"floor\": {}}}", 1.0 / times[times.len() / 2], 1.0 / least);
+    }
+}
+
+fn noise<T: Float>(n: usize, seed: u32) -> Vec<T> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        T::from_f32(state as f32 / 2f32.powi(31) - 1.0)
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+fn case<T: Float>(kernel: &str, sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
+    Some(match (kernel, sizes) {
+        ("gemm", &[m, n, k]) => {
+            let (a, b) = (noise::<T>(m * k, 1), noise::<T>(n * k, 2));
+            let mut c = vec![T::zeroed(); m * n];
+            Box::new(move || {
+                let (a, b) = (Mat::new(&a, m, k), Mat::new(&b, n, k).t());
+                gemm(a, b, MatMut::new(&mut c, m, n), &Epilogue::default());
+            })
+        }
+        ("attention", &[batch, len, heads, d]) => {
+            let s = AttentionShape::new(batch, len, len, heads, heads, d);
+            let n = batch * len * heads * d;
+            let new = |seed| noise::<T>(n, seed);
+            let (q, k, v, dout) = (new(1), new(2), new(3), new(4));
+            let (mut out, mut lse) = (new(5), vec![0.0; batch * heads * len]);
+            let (mut dq, mut dk, mut dv) = (new(6), new(7), new(8));
+            Box::new(move || {
+                flash_attention(&s, &q, &k, &v, &mut out, &mut lse);
+                flash_attention_backward(
+                    &s, &q, &k, &v, &out, &lse, &dout, &mut dq, &mut dk, &mut dv,
+                );
+            })
+        }
+        ("cross_entropy", &[rows, vocab]) => {
+            let mut logits = noise::<T>(rows * vocab, 1);
+            let targets: Vec<i32> = (0..rows).map(|r| (r * 37 % vocab) as i32).collect();
+            let (mut loss, mut lse) = (vec![0.0; rows], vec![0.0; rows]);
+            let dloss = vec![1.0 / rows as f32; rows];
+            Box::new(move || {
+                cross_entropy(&logits, &targets, vocab, -100, &mut loss, &mut lse);
+                cross_entropy_backward(&dloss, &targets, vocab, -100, &lse, black_box(&mut logits));
+            })
+        }
+        ("adamw", &[n]) => {
+            let (mut p, g) = (noise::<f32>(n, 1), noise::<f32>(n, 2));
+            let (mut m, mut v) = (vec![0.0f32; n], vec![0.0f32; n]);
+            let rule = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
+            Box::new(move || rule.step(9, &mut p, &g, &mut m, &mut v))
+        }
+        _ => return None,
+    })
+}

@@ -1,0 +1,139 @@
+//! What this machine can do at most: the floor that kernels are measured against.
+
+use std::time::Instant;
+
+use crate::isa::{Isa, isa};
+use crate::threads::{Parts, count, parallel_for};
+
+/// The peaks of the calling thread's compute threads together.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Floor {
+    /// Fused multiply-adds of f32 in registers, in flops per second.
+    pub f32_flops: f64,
+    /// The same of products of bf16; that of f32 where the machine has no such instruction.
+    pub bf16_flops: f64,
+    /// Bytes per second that a triad `a = b + s c` over memory reads and writes.
+    pub bytes: f64,
+}
+
+impl Floor {
+    /// Measures all three: about 50 ms.
+    pub fn measure() -> Floor {
+        let f32_flops = best(|| products(false));
+        let bf16_flops = match isa() {
+            Isa::Avx512Bf16 => best(|| products(true)),
+            _ => f32_flops,
+        };
+        Floor { f32_flops, bf16_flops, bytes: triad() }
+    }
+}
+
+fn best(f: impl Fn() -> f64) -> f64 {
+    (0..8).map(|_| f()).fold(0.0, f64::max)
+}
+
+const STEPS: usize = 20_000;
+
+/// Flops per second of all threads, each multiplying in registers.
+fn products(bf16: bool) -> f64 {
+    let threads = count();
+    let start = Instant::now();
+    let mut sums = vec![0.0f32; threads];
+    let parts = Parts::new(&mut sums);
+    let flops = std::sync::atomic::AtomicU64::new(0);
+    parallel_for(threads, 1, |range| {
+        for i in range {
+            let (sum, done) = multiply(bf16);
+            // SAFETY: each piece has its own element.
+            let own = unsafe { parts.range(i..i + 1) };
+            own[0] = sum;
+            flops.fetch_add(done, std::sync::atomic::Ordering::Relaxed);
+        }
+    });
+    let seconds = start.elapsed().as_secs_f64();
+    std::hint::black_box(&sums);
+    flops.into_inner() as f64 / seconds
+}
+
+/// A sum that depends on all products, and their number of flops.
+fn multiply(bf16: bool) -> (f32, u64) {
+    #[cfg(target_arch = "x86_64")]
+    match isa() {
+        // SAFETY: isa() has found these instructions on this machine.
+        Isa::Avx512Bf16 if bf16 => return unsafe { (x86::bf16(), (STEPS * 16 * 64) as u64) },
+        // SAFETY: as above.
+        Isa::Avx512 | Isa::Avx512Bf16 => return unsafe { (x86::f32(), (STEPS * 16 * 32) as u64) },
+        // SAFETY: as above.
+        Isa::Avx2 => return unsafe { (x86::avx2(), (STEPS * 12 * 16) as u64) },
+        Isa::Portable => {}
+    }
+    let _ = bf16;
+    let mut acc = [0.0f32; 64];
+    let x = std::hint::black_box([0.5f32; 64]);
+    for _ in 0..STEPS {
+        acc.iter_mut().zip(&x).for_each(|(a, x)| *a = *a * 0.5 + x);
+    }
+    (acc.iter().sum(), (STEPS * 128) as u64)
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::STEPS;
+
+    /// # Safety
+    /// AVX-512F.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn f32() -> f32 {
+        let (x, y) = std::hint::black_box((_mm512_set1_ps(0.5), _mm512_set1_ps(0.25)));
+        let mut acc = [_mm512_setzero_ps(); 16];
+        for _ in 0..STEPS {
+            acc.iter_mut().for_each(|a| *a = _mm512_fmadd_ps(x, *a, y));
+        }
+        acc.iter().map(|a| _mm512_reduce_add_ps(*a)).sum()
+    }
+
+    /// # Safety
+    /// AVX-512 F and BF16.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) unsafe fn bf16() -> f32 {
+        let one = std::hint::black_box(_mm512_set1_epi32(0x3f80_3f80));
+        // SAFETY: 512 bits without invalid values.
+        let one: __m512bh = unsafe { std::mem::transmute(one) };
+        let mut acc = [_mm512_setzero_ps(); 16];
+        for _ in 0..STEPS {
+            acc.iter_mut().for_each(|a| *a = _mm512_dpbf16_ps(*a, one, one));
+        }
+        acc.iter().map(|a| _mm512_reduce_add_ps(*a)).sum()
+    }
+
+    /// # Safety
+    /// AVX2 and FMA.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn avx2() -> f32 {
+        let (x, y) = std::hint::black_box((_mm256_set1_ps(0.5), _mm256_set1_ps(0.25)));
+        let mut acc = [_mm256_setzero_ps(); 12];
+        for _ in 0..STEPS {
+            acc.iter_mut().for_each(|a| *a = _mm256_fmadd_ps(x, *a, y));
+        }
+        let mut out = [0.0f32; 8];
+        // SAFETY: room for eight floats.
+        acc.iter().for_each(|a| unsafe { _mm256_storeu_ps(out.as_mut_ptr(), *a) });
+        out.iter().sum()
+    }
+}
+
+/// Bytes per second of `a = b + s c` over 3 x 32 MiB.
+fn triad() -> f64 {
+    const N: usize = 8 << 20;
+    let (b, c, mut a) = (vec![1.0f32; N], vec![2.0f32; N], vec![0.0f32; N]);
+    let mut top = 0.0f64;
+    for _ in 0..4 {
+        let start = Instant::now();
+        crate::elementwise::add(&b, &c, &mut a);
+        top = top.max(12.0 * N as f64 / start.elapsed().as_secs_f64());
+    }
+    std::hint::black_box(&a);
+    top
+}

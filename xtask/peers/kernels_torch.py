@@ -1,0 +1,72 @@
+"""PyTorch's kernels, at a prompt: `gemm f32 m n k`, `attention bf16 batch seq heads head_dim`, …
+
+Answers each line with calls per second, the median of calls over about 0.3 s.
+"""
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+ap = argparse.ArgumentParser()
+ap.add_argument("--threads", type=int, default=2)
+args = ap.parse_args()
+os.environ["OMP_NUM_THREADS"] = str(args.threads)
+
+import torch
+import torch.nn.functional as F
+
+torch.set_num_threads(args.threads)
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+def case(name, dtype, *sizes):
+    dtype = DTYPES[dtype]
+    if name == "gemm":
+        m, n, k = sizes
+        x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+
+        def product():
+            with torch.no_grad():
+                F.linear(x, w)
+
+        return product
+    if name == "attention":
+        b, s, h, d = sizes
+        q, k, v = (torch.randn(b, s, h, d).to(dtype).requires_grad_() for _ in range(3))
+        grad = torch.randn(b, h, s, d).to(dtype)
+
+        def both():
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+            torch.autograd.grad(out, (q, k, v), grad)
+
+        return both
+    if name == "cross_entropy":
+        rows, vocab = sizes
+        logits, targets = torch.randn(rows, vocab).to(dtype).requires_grad_(), torch.randint(0, vocab, (rows,))
+
+        def loss():
+            torch.autograd.grad(F.cross_entropy(logits, targets), logits)
+
+        return loss
+    if name == "adamw":
+        p = torch.nn.Parameter(torch.randn(*sizes))
+        p.grad = torch.randn(*sizes)
+        return torch.optim.AdamW([p], lr=1e-3, fused=True).step
+    raise SystemExit(f"no case {name}")
+
+
+print(json.dumps({"name": f"PyTorch {torch.__version__.split('+')[0]}"}), flush=True)
+for line in sys.stdin:
+    name, dtype, *sizes = line.split()
+    torch.manual_seed(0)
+    run = case(name, dtype, *map(int, sizes))
+    run()
+    times, began = [], time.perf_counter()
+    while time.perf_counter() - began < 0.3 or len(times) < 5:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    print(json.dumps({"speed": 1 / statistics.median(times)}), flush=True)

@@ -1,0 +1,230 @@
+//! Benches beside their peers, in the same run: `what  ours  peer  ratio  floor  share`.
+//!
+//! Both sides are processes that wait at a prompt and take turns, so that a noisy machine
+//! disturbs them alike and nobody pays twice for starting. Figures are medians over the turns;
+//! the floor is what the machine's multiply-adds or its memory would allow, measured in the same
+//! turns. `train` times whole steps, `kernels` single kernels; other names run criterion benches.
+
+mod page;
+mod prompt;
+
+use anyhow::{Result, bail};
+use clap::Parser;
+use serde_json::{Value, json};
+
+use crate::{cargo, run};
+use prompt::Prompt;
+
+/// What to time.
+#[derive(Debug, Parser)]
+pub(crate) struct Args {
+    /// `train` (whole steps), `kernels`, or a criterion bench; nothing runs them all.
+    name: Option<String>,
+    /// A peer: `python=PATH` of a Python that has torch.
+    #[arg(long)]
+    peer: Option<String>,
+    /// Turns each side takes.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Compute threads of each side.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Only cases whose name has this in it, as `bf16` or `gemm`.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Only the peer as it is installed: no MKL unlocking, no torch.compile.
+    #[arg(long)]
+    stock: bool,
+}
+
+/// Runs the benches.
+pub(crate) fn bench(args: &Args) -> Result<()> {
+    let rows = match args.name.as_deref() {
+        Some("train") => train(args)?,
+        Some("kernels") => kernels(args)?,
+        Some(name) => return run(&cargo(), &["bench", "--workspace", "--bench", name], &[]),
+        None => {
+            run(&cargo(), &["bench", "--workspace", "--benches"], &[])?;
+            let mut rows = kernels(args)?;
+            rows.extend(train(args)?);
+            rows
+        }
+    };
+    page::keep(&rows)
+}
+
+/// A peer process to start: its name and its environment.
+struct Peer {
+    name: &'static str,
+    arguments: Vec<String>,
+    unlocked: bool,
+}
+
+impl Peer {
+    fn new(name: &'static str, arguments: &[&str], unlocked: bool) -> Peer {
+        Peer { name, arguments: arguments.iter().map(ToString::to_string).collect(), unlocked }
+    }
+}
+
+fn train(args: &Args) -> Result<Vec<Value>> {
+    let ours = build("colossal-models", "train_bench")?;
+    header("training step, tokens/s");
+    let threads = args.threads.to_string();
+    let mut rows = Vec::new();
+    for model in ["gpt", "llama"] {
+        for precision in ["f32", "bf16"] {
+            let what = format!("{model}-like {precision}, {threads} threads");
+            if !what.contains(&args.only) {
+                continue;
+            }
+            let flags = |mode| {
+                ["--model", model, "--threads", &threads, "--dtype", precision, "--mode", mode]
+            };
+            let mut peers = vec![Peer::new("eager, stock", &flags("eager"), false)];
+            if !args.stock {
+                peers.push(Peer::new("compile, MKL unlocked", &flags("compile"), true));
+            }
+            let mut ours = Prompt::start(&ours, &[model, &threads, precision, "serve"], &[])?;
+            let mut peers = start(args, "xtask/peers/train_torch.py", &peers)?;
+            rows.extend(turns(args, &what, "step", &mut ours, &mut peers, "tokens/s")?);
+        }
+    }
+    Ok(rows)
+}
+
+/// Kernel, type, sizes: `m n k` of products, `batch seq heads head_dim` of attention.
+const CASES: [&str; 24] = [
+    "gemm f32 512 512 512",
+    "gemm f32 1024 1024 1024",
+    "gemm f32 1024 2048 512",
+    "gemm f32 4096 768 3072",
+    "gemm bf16 512 512 512",
+    "gemm bf16 1024 1024 1024",
+    "gemm bf16 1024 2048 512",
+    "gemm bf16 4096 768 3072",
+    "gemm f32 1 4096 4096",
+    "gemm f32 4 4096 4096",
+    "gemm f32 16 4096 4096",
+    "gemm bf16 1 4096 4096",
+    "gemm bf16 4 4096 4096",
+    "gemm bf16 16 4096 4096",
+    "attention f32 4 256 8 64",
+    "attention f32 1 1024 8 64",
+    "attention f32 1 4096 8 64",
+    "attention f32 1 2048 8 128",
+    "attention bf16 4 256 8 64",
+    "attention bf16 1 1024 8 64",
+    "attention bf16 1 4096 8 64",
+    "attention bf16 1 2048 8 128",
+    "cross_entropy f32 1024 8192",
+    "adamw f32 25000000",
+];
+
+fn kernels(args: &Args) -> Result<Vec<Value>> {
+    let ours = build("colossal-kernels", "kernel_bench")?;
+    header("kernel, calls/s (attention, cross-entropy: forward + backward)");
+    let threads = args.threads.to_string();
+    let mut ours = Prompt::start(&ours, &[&threads], &[])?;
+    let flags = ["--threads", threads.as_str()];
+    let peer = match args.stock {
+        true => Peer::new("stock", &flags, false),
+        false => Peer::new("MKL unlocked", &flags, true),
+    };
+    let mut peers = start(args, "xtask/peers/kernels_torch.py", &[peer])?;
+    let mut rows = Vec::new();
+    for case in CASES.iter().filter(|c| c.contains(&args.only)) {
+        rows.extend(turns(args, case, case, &mut ours, &mut peers, "calls/s")?);
+    }
+    Ok(rows)
+}
+
+/// Builds an example in release and says where it lies.
+fn build(package: &str, example: &str) -> Result<String> {
+    run(&cargo(), &["build", "--release", "-p", package, "--example", example], &[])?;
+    let target = std::env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| "target".into());
+    Ok(format!("{target}/release/examples/{example}"))
+}
+
+/// Starts the peers, if there is a Python to start them with.
+fn start(args: &Args, script: &str, peers: &[Peer]) -> Result<Vec<(String, Prompt)>> {
+    let python = match args.peer.as_deref().map(|p| p.split_once('=')) {
+        None => return Ok(vec![]),
+        Some(Some(("python", path))) => path,
+        Some(_) => bail!("--peer takes python=<path to a Python that has torch>"),
+    };
+    let mut started = Vec::new();
+    for peer in peers {
+        let mut arguments = vec![script];
+        arguments.extend(peer.arguments.iter().map(String::as_str));
+        let preload = if peer.unlocked { unlock()? } else { String::new() };
+        let env: &[(&str, &str)] =
+            if preload.is_empty() { &[] } else { &[("LD_PRELOAD", preload.as_str())] };
+        let prompt = Prompt::start(python, &arguments, env)?;
+        started.push((format!("{}, {}", prompt.name, peer.name), prompt));
+    }
+    Ok(started)
+}
+
+/// On AMD, MKL takes its AVX2 kernels although AVX-512 is there, unless these two functions,
+/// which PyTorch exports, say otherwise. A comparison with the peer at its best needs them.
+fn unlock() -> Result<String> {
+    let library = std::env::current_dir()?.join("target/mkl_unlock.so");
+    if !library.exists() {
+        let source = "xtask/peers/mkl_unlock.c";
+        let out = library.to_string_lossy();
+        run("cc", &["-shared", "-fPIC", "-O2", source, "-o", out.as_ref()], &[])?;
+    }
+    Ok(library.to_string_lossy().into_owned())
+}
+
+fn header(title: &str) {
+    println!(
+        "\n{:<32} {:>10}  {:<44} {:>10} {:>6} {:>10} {:>6}",
+        title, "ours", "peer", "", "ratio", "floor", "share"
+    );
+}
+
+/// Ours and the peers answer `line` in turns; one row a peer, or one without.
+fn turns(
+    args: &Args,
+    what: &str,
+    line: &str,
+    ours: &mut Prompt,
+    peers: &mut [(String, Prompt)],
+    unit: &str,
+) -> Result<Vec<Value>> {
+    let (mut mine, mut floors) = (vec![], vec![]);
+    let mut theirs = vec![vec![]; peers.len()];
+    for _ in 0..args.rounds {
+        let answer = ours.ask(line)?;
+        mine.push(answer.speed);
+        floors.extend(answer.floor);
+        for ((_, peer), theirs) in peers.iter_mut().zip(&mut theirs) {
+            theirs.push(peer.ask(line)?.speed);
+        }
+    }
+    let (mine, floor) = (median(&mut mine), floors.iter().copied().fold(0.0, f64::max));
+    let share = mine / floor;
+    let row = |peer: Option<(&str, f64)>| {
+        let (name, speed) = peer.unwrap_or(("", f64::NAN));
+        let shown = |x: f64| if x.is_finite() { format!("{x:.0}") } else { "-".into() };
+        println!(
+            "{what:<32} {mine:>10.0}  {name:<44} {:>10} {:>6.2} {floor:>10.0} {:>5.0}%",
+            shown(speed),
+            mine / speed,
+            100.0 * share
+        );
+        json!({"what": what, "unit": unit, "ours": mine, "peer_is": name, "peer": speed,
+            "ratio": mine / speed, "floor": floor, "share": share, "rounds": args.rounds,
+            "threads": args.threads})
+    };
+    if peers.is_empty() {
+        return Ok(vec![row(None)]);
+    }
+    Ok(peers.iter().zip(&mut theirs).map(|(p, t)| row(Some((&p.0, median(t))))).collect())
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
