@@ -840,8 +840,7 @@ impl Group {
         if let Err(e) = self.has("broadcast", root) {
             return Pending::failed(e);
         }
-        let len = buf.as_mut().len();
-        let bytes = if self.rank() == root { size_of::<T>() * len } else { 0 };
+        let bytes = if self.rank() == root { size_of_val(buf.as_mut()) } else { 0 };
         self.count(Verb::Broadcast, bytes);
         self.0.flight.start(move |shared, rank| {
             shared.broadcast(rank, buf.as_mut(), root)?;

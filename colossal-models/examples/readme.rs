@@ -3,12 +3,18 @@
 
 use colossal_comm::on_ranks;
 use colossal_models::llama::LlamaConfig;
-use colossal_models::train::{AdamW, Batch, Plan, Trainer, save_checkpoint};
+use colossal_models::train::{AdamW, Batch, Plan, SequenceMode, Trainer, save_checkpoint};
 use colossal_models::{DecoderConfig, Result};
 
 fn main() -> Result<()> {
     let config = DecoderConfig::Llama(LlamaConfig::sized(256, 128, 4, 4));
-    let plan = Plan { dp: 2, tp: 2, sequence_parallel: true, zero: 2, ..Plan::default() };
+    let plan = Plan {
+        dp: 2,
+        tp: 2,
+        sequence_parallel: SequenceMode::SplitGather,
+        zero: 2,
+        ..Plan::default()
+    };
     let ranks = on_ranks(plan.ranks(), |world| {
         let mut trainer = Trainer::new(&world, &plan, &config, AdamW::default(), 0)?;
         let text: Vec<i32> =

@@ -30,12 +30,14 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    /// Sequences of equal length `seq`, row after row, all real, positions from 0.
+    /// Sequences of equal length `seq`, row after row, all real, positions from 0. They are given
+    /// whole: context parallelism takes its part of their tokens here.
     pub fn new(scope: &Scope, ids: &[i32], seq: usize) -> Result<Tokens> {
         let batch = ids.len().checked_div(seq).unwrap_or(0);
+        let own: Vec<i32> = scope.tokens(seq)?.into_iter().map(|t| t as i32).collect();
         Ok(Tokens {
-            ids: scope.batch(ids, &[batch, seq])?,
-            positions: Arc::new((0..batch).flat_map(|_| 0..seq as i32).collect()),
+            ids: scope.sequences(ids, batch, seq)?,
+            positions: Arc::new(own.repeat(batch)),
             mask: AttentionMask::causal(),
             cache: None,
             head_at: None,

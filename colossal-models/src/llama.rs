@@ -137,7 +137,7 @@ impl Block {
     fn new(p: &Params, c: &LlamaConfig, index: usize) -> Result<Block> {
         let (embed, mlp) = (Embed(c.hidden_size), Mlp(c.intermediate_size));
         let q = Heads(c.num_attention_heads * c.head_dim);
-        let kv = KvHeads(c.num_key_value_heads * c.head_dim);
+        let kv = KvHeads(c.num_key_value_heads, c.head_dim);
         let (attn, ffn) = (p.at("self_attn"), p.at("mlp"));
         let (ab, mb) = (c.attention_bias, c.mlp_bias);
         Ok(Block {

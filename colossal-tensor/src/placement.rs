@@ -51,7 +51,7 @@ impl std::fmt::Display for Placement {
 }
 
 /// The most axes a mesh may have.
-pub const MAX_AXES: usize = 6;
+pub const MAX_AXES: usize = 8;
 
 /// One placement per mesh axis, in the mesh's order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -92,10 +92,12 @@ pub enum Dim {
     Embed(usize),
     /// Query heads times head size.
     Heads(usize),
-    /// Key/value heads times head size.
-    KvHeads(usize),
+    /// So many key/value heads of this size. Fewer than ranks are kept whole on each.
+    KvHeads(usize, usize),
     /// Width of the feed-forward layer.
     Mlp(usize),
+    /// Experts of a mixture.
+    Experts(usize),
     /// Any other dimension; never sharded.
     Other(usize),
 }
@@ -107,9 +109,10 @@ impl Dim {
             Dim::Vocab(n)
             | Dim::Embed(n)
             | Dim::Heads(n)
-            | Dim::KvHeads(n)
             | Dim::Mlp(n)
+            | Dim::Experts(n)
             | Dim::Other(n) => n,
+            Dim::KvHeads(heads, size) => heads * size,
         }
     }
 
@@ -132,8 +135,8 @@ pub enum Region {
 /// What one mesh axis does: one row of the table that is a parallelism.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Role {
-    /// Parameter dims (sizes are ignored) that are sharded along this axis.
-    pub shards: Vec<Dim>,
+    /// Which dim of a parameter is sharded along this axis.
+    pub cut: Cut,
     /// Parameters without such a dim.
     pub rest: Placement,
     /// Inputs and losses: what a batch looks like along this axis.
@@ -144,6 +147,63 @@ pub struct Role {
     pub parallel: Placement,
     /// Activations in [`Region::Whole`].
     pub whole: Placement,
+    /// Of an axis that cuts tokens everywhere: how attention reaches the others' keys.
+    pub context: Option<Context>,
+}
+
+/// Which dim of a parameter an axis shards.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cut {
+    /// None.
+    Nothing,
+    /// The first dim with one of these names (sizes are ignored).
+    Named(Vec<Dim>),
+    /// The rows of a SUMMA grid: a matrix's input dim, or the vocabulary.
+    GridRow,
+    /// The columns of a SUMMA grid: a matrix's output dim; where that is the vocabulary, the width.
+    GridCol,
+    /// The axis of a 3D cube on which heads, feed-forward width and vocabulary lie.
+    CubeRow,
+    /// The axis of a 3D cube on which the width of the residual stream lies.
+    CubeCol,
+    /// The third axis of a 3D cube: cuts the output dim once more.
+    CubeDepth,
+}
+
+impl Cut {
+    fn dim(&self, dims: &[Dim]) -> Option<usize> {
+        use Dim::{Embed, Heads, KvHeads, Mlp, Other, Vocab};
+        let inner = |d: &Dim| matches!(d, Heads(_) | KvHeads(..) | Mlp(_) | Vocab(_));
+        match (self, dims) {
+            (Cut::Nothing, _) => None,
+            (Cut::Named(names), _) => {
+                dims.iter().position(|d| names.iter().any(|name| name.same_name(*d)))
+            }
+            (Cut::GridRow, [Vocab(_), _]) => Some(0),
+            (Cut::GridRow, [Other(_), _] | [_]) => None,
+            (Cut::GridRow, [_, _]) => Some(1),
+            (Cut::GridCol, [Vocab(_) | Other(_), _]) => Some(1),
+            (Cut::GridCol, [Other(_)]) => None,
+            (Cut::GridCol, [_] | [_, _]) => Some(0),
+            (Cut::CubeRow, _) => dims.iter().position(inner),
+            (Cut::CubeCol, _) => dims.iter().position(|d| matches!(d, Embed(_))),
+            (Cut::CubeDepth, [a, b]) => (inner(a) || inner(b)).then_some(0),
+            (Cut::GridRow | Cut::GridCol | Cut::CubeDepth, _) => None,
+        }
+    }
+}
+
+/// How attention works along an axis that cuts tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Context {
+    /// All-to-alls trade tokens for heads and back (DeepSpeed-Ulysses).
+    Ulysses,
+    /// Keys and values travel round a ring. With `zigzag` rank r of p holds chunks r and
+    /// 2p - 1 - r of each sequence: equal work under a causal mask.
+    Ring {
+        /// Two chunks a rank instead of one.
+        zigzag: bool,
+    },
 }
 
 impl Role {
@@ -151,12 +211,31 @@ impl Role {
     pub fn data() -> Role {
         let batch = Placement::Shard(0);
         Role {
-            shards: vec![],
+            cut: Cut::Nothing,
             rest: Placement::Replicate,
             batch,
             residual: batch,
             parallel: batch,
             whole: batch,
+            context: None,
+        }
+    }
+
+    /// Expert parallelism: as data parallelism, and experts are sharded.
+    pub fn expert() -> Role {
+        Role { cut: Cut::Named(vec![Dim::Experts(0)]), ..Role::data() }
+    }
+
+    /// Context parallelism: tokens are sharded everywhere, attention communicates.
+    pub fn context(kind: Context) -> Role {
+        let tokens = Placement::Shard(1);
+        Role {
+            batch: tokens,
+            residual: tokens,
+            parallel: tokens,
+            whole: tokens,
+            context: Some(kind),
+            ..Role::data()
         }
     }
 
@@ -167,20 +246,70 @@ impl Role {
             true => (Placement::Replicate, Placement::Shard(1)),
             false => (Placement::Invariant, Placement::Invariant),
         };
+        let names = vec![Dim::Vocab(0), Dim::Heads(0), Dim::KvHeads(0, 0), Dim::Mlp(0)];
         Role {
-            shards: vec![Dim::Vocab(0), Dim::Heads(0), Dim::KvHeads(0), Dim::Mlp(0)],
+            cut: Cut::Named(names),
             rest,
             batch: Placement::Invariant,
             residual,
             parallel: Placement::Replicate,
             whole: Placement::Invariant,
+            context: None,
+        }
+    }
+
+    /// As `tensor(true)`, but tokens stay cut into the products, which gather and scatter them
+    /// in chunks while they compute.
+    pub fn tensor_overlapped() -> Role {
+        Role { parallel: Placement::Shard(1), ..Role::tensor(true) }
+    }
+
+    /// Do products gather and scatter tokens along this axis themselves?
+    pub(crate) fn overlaps(&self) -> bool {
+        self.context.is_none() && self.parallel == Placement::Shard(1)
+    }
+
+    /// Tensor parallelism in two dimensions (SUMMA; Optimus, Xu et al., 2021): the roles of the
+    /// rows and of the columns of a q×q grid. Activations: batch over rows, width over columns.
+    pub fn summa() -> [Role; 2] {
+        let row = Role { cut: Cut::GridRow, ..Role::data() };
+        [row, Role { cut: Cut::GridCol, ..Role::width() }]
+    }
+
+    /// Tensor parallelism in three dimensions (Agarwal et al., 1995; Bian et al., 2021): the
+    /// roles of the rows, columns and depth of a q×q×q cube.
+    pub fn cube() -> [Role; 3] {
+        [
+            Role { cut: Cut::CubeRow, ..Role::data() },
+            Role { cut: Cut::CubeCol, ..Role::width() },
+            Role { cut: Cut::CubeDepth, ..Role::data() },
+        ]
+    }
+
+    /// The width of activations is cut.
+    fn width() -> Role {
+        let width = Placement::Shard(2);
+        Role {
+            batch: Placement::Invariant,
+            residual: width,
+            parallel: width,
+            whole: Placement::Invariant,
+            ..Role::data()
         }
     }
 
     /// An axis along which nothing differs.
     pub fn idle() -> Role {
         let p = Placement::Invariant;
-        Role { shards: vec![], rest: p, batch: p, residual: p, parallel: p, whole: p }
+        Role {
+            cut: Cut::Nothing,
+            rest: p,
+            batch: p,
+            residual: p,
+            parallel: p,
+            whole: p,
+            context: None,
+        }
     }
 }
 
@@ -196,7 +325,15 @@ impl Sharding {
         Sharding { roles }
     }
 
+    /// The roles, in the mesh's order.
+    pub fn roles(&self) -> &[Role] {
+        &self.roles
+    }
+
     /// The layout of a parameter with these dims, and its local shape.
+    ///
+    /// Key/value heads that are fewer than the ranks are kept whole: each rank reads what its
+    /// query heads need.
     ///
     /// # Errors
     /// [`Error::Divide`] when a sharded dim does not divide by its axis.
@@ -205,15 +342,23 @@ impl Sharding {
         let mut shape: Vec<usize> = dims.iter().map(|d| d.size()).collect();
         for (axis, role) in self.roles.iter().enumerate() {
             let (axis_name, ranks) = axis_of(mesh, axis);
-            let found =
-                dims.iter().position(|d| role.shards.iter().any(|sharded| sharded.same_name(*d)));
-            layout[axis] = match found {
+            layout[axis] = match role.cut.dim(dims) {
                 Some(dim) if ranks > 1 => {
-                    if !shape[dim].is_multiple_of(ranks) {
+                    let unit = match dims[dim] {
+                        Dim::KvHeads(_, size) => size,
+                        _ => 1,
+                    };
+                    let units = shape[dim] / unit;
+                    let named = matches!(role.cut, Cut::Named(_)) && !role.overlaps();
+                    if units < ranks && ranks.is_multiple_of(units) && unit > 1 && named {
+                        layout[axis] = Placement::Replicate;
+                        continue;
+                    }
+                    if !units.is_multiple_of(ranks) {
                         return Err(Error::Divide {
                             what: format!("parameter {name}"),
                             dim,
-                            size: shape[dim],
+                            size: units,
                             axis: axis_name,
                             ranks,
                         });

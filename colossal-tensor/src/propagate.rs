@@ -91,6 +91,11 @@ pub(crate) fn attention(p: &[Placement]) -> Option<Placement> {
     elementwise(p).filter(|q| matches!(q, Shard(0) | Shard(2) | Replicate | Invariant))
 }
 
+/// Heads turned each by the position of its token.
+pub(crate) fn rope(p: &[Placement]) -> Option<Placement> {
+    elementwise(p).filter(|q| *q != Shard(3))
+}
+
 /// A sum over everything: slices become terms.
 pub(crate) fn sum(p: &[Placement]) -> Option<Placement> {
     match p[0] {

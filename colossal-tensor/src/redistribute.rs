@@ -43,15 +43,22 @@ impl Tensor {
         self.to_layout(self.layout().with(index, to))
     }
 
-    /// This tensor under another layout, moved axis by axis.
+    /// This tensor under another layout, moved axis by axis. What several axes cut is put
+    /// together from the innermost axis outwards, and cut from the outermost inwards.
     pub fn to_layout(&self, to: Layout) -> Result<Tensor> {
         let from = self.layout();
-        let moves: Vec<usize> = self.scope().wide_axes().filter(|a| from[*a] != to[*a]).collect();
+        let mut moves: Vec<usize> =
+            self.scope().wide_axes().filter(|a| from[*a] != to[*a]).collect();
         if moves.is_empty() {
             return Ok(self.clone());
         }
+        moves.sort_by_key(|axis| match from[*axis] {
+            Shard(_) => (0, self.scope().axes() - axis),
+            _ => (1, *axis),
+        });
         let mut out = self.detach();
         for axis in &moves {
+            nested(&out, *axis, to[*axis])?;
             out = shift(&out, *axis, to[*axis])?;
         }
         Ok(record("redistribute", out, &[self], move |grad, back| {
@@ -62,10 +69,38 @@ impl Tensor {
             back.give(0, grad)
         }))
     }
+
+    /// One move along one axis, whatever other axes cut: an op that puts the pieces back where
+    /// they came from may take them out of order meanwhile.
+    pub(crate) fn exchange(&self, axis: usize, to: Placement) -> Result<Tensor> {
+        let from = self.layout()[axis];
+        let out = shift(&self.detach(), axis, to)?;
+        Ok(record("exchange", out, &[self], move |grad, back| {
+            back.give(0, shift(&grad, axis, from.dual())?)
+        }))
+    }
+}
+
+/// Refuses to move a cut that another axis has cut once more.
+fn nested(x: &Tensor, axis: usize, to: Placement) -> Result<()> {
+    let from = x.layout()[axis];
+    let inner = |place| {
+        matches!(place, Shard(_))
+            && x.scope().wide_axes().any(|a| a > axis && x.layout()[a] == place)
+    };
+    if inner(from) || inner(to) {
+        return Err(Error::Redistribute {
+            axis: x.scope().axis(axis).0,
+            from,
+            to,
+            reason: "an axis further inside cuts the same dim; move that one too",
+        });
+    }
+    Ok(())
 }
 
 /// One move along one axis, without recording it.
-fn shift(x: &Tensor, axis: usize, to: Placement) -> Result<Tensor> {
+pub(crate) fn shift(x: &Tensor, axis: usize, to: Placement) -> Result<Tensor> {
     let scope = x.scope().clone();
     let (name, ranks) = scope.axis(axis);
     let from = x.layout()[axis];
@@ -213,7 +248,7 @@ fn outer(shape: &[usize], d: usize) -> usize {
 }
 
 /// `[a, b, inner]` to `[b, a, inner]`.
-fn swap_outer<T: Copy>(src: &[T], dst: &mut [T], a: usize, b: usize, inner: usize) {
+pub(crate) fn swap_outer<T: Copy>(src: &[T], dst: &mut [T], a: usize, b: usize, inner: usize) {
     for i in 0..a {
         for j in 0..b {
             let (from, to) = ((i * b + j) * inner, (j * a + i) * inner);

@@ -8,6 +8,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use bytemuck::Pod;
 
@@ -107,6 +108,23 @@ impl<T: Pod> AsRef<[T]> for Typed<T> {
 impl<T: Pod> AsMut<[T]> for Typed<T> {
     fn as_mut(&mut self) -> &mut [T] {
         self.0.as_mut_slice()
+    }
+}
+
+/// A shared buffer seen as a slice of `T`: peers read it while its owner reads it too.
+#[derive(Debug)]
+pub(crate) struct Lent<T>(Arc<Buffer>, std::marker::PhantomData<T>);
+
+impl<T: Pod> Lent<T> {
+    /// Sees `buffer` as elements of `T`.
+    pub(crate) fn new(buffer: &Arc<Buffer>) -> Lent<T> {
+        Lent(buffer.clone(), std::marker::PhantomData)
+    }
+}
+
+impl<T: Pod> AsRef<[T]> for Lent<T> {
+    fn as_ref(&self) -> &[T] {
+        self.0.as_slice()
     }
 }
 

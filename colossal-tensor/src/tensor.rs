@@ -12,7 +12,7 @@ use crate::autograd::Edge;
 use crate::dtype::{Dtype, Element};
 use crate::error::{Error, Result};
 use crate::params::{Lease, Param};
-use crate::placement::{Layout, Placement, Sharding, axis_of};
+use crate::placement::{Context, Layout, Placement, Role, Sharding, axis_of};
 use crate::storage::Buffer;
 
 /// Where tensors of one rank live: its mesh, and the map from names to placements.
@@ -60,6 +60,94 @@ impl Scope {
     /// A batch of which `data` holds this rank's part, laid out as [`Sharding::batch`] says.
     pub fn batch<T: Element>(&self, data: &[T], shape: &[usize]) -> Result<Tensor> {
         Tensor::from_slice(self, data, shape, self.sharding().batch())
+    }
+
+    /// A batch `[batch, seq]` of which `data` holds this rank's sequences whole: of their tokens
+    /// the part that context parallelism leaves here, as [`Scope::tokens`] says.
+    pub fn sequences<T: Element>(&self, data: &[T], batch: usize, seq: usize) -> Result<Tensor> {
+        let own = self.tokens(seq)?;
+        if own.len() == seq {
+            return self.batch(data, &[batch, seq]);
+        }
+        if data.len() != batch * seq {
+            let reason = "one value per token";
+            return Err(Error::shape("sequences", &[data.len()], &[batch, seq], reason));
+        }
+        let part: Vec<T> =
+            data.chunks(seq.max(1)).flat_map(|row| own.iter().map(|t| row[*t])).collect();
+        self.batch(&part, &[batch, own.len()])
+    }
+
+    /// Which tokens of a sequence of this length lie on this rank, in the order they lie in.
+    ///
+    /// # Errors
+    /// [`Error::Divide`] unless the length is a multiple of [`Scope::sequence_multiple`].
+    pub fn tokens(&self, seq: usize) -> Result<Vec<usize>> {
+        let (mut ring, mut zigzags) = (1, false);
+        for axis in self.wide_axes() {
+            if let Some(Context::Ring { zigzag }) = self.role(axis).and_then(|r| r.context) {
+                ring *= self.axis(axis).1;
+                zigzags |= zigzag;
+            }
+        }
+        let cut = |what: &str, axis: String, ranks| Error::Divide {
+            what: what.into(),
+            dim: 1,
+            size: seq,
+            axis,
+            ranks,
+        };
+        let mut own: Vec<usize> = (0..seq).collect();
+        if zigzags {
+            if !seq.is_multiple_of(2 * ring) {
+                return Err(cut("zigzag chunks of a sequence", "ring".into(), 2 * ring));
+            }
+            let chunk = seq / (2 * ring);
+            let order = (0..ring).flat_map(|r| [r, 2 * ring - 1 - r]);
+            own = order.flat_map(|c| c * chunk..(c + 1) * chunk).collect();
+        }
+        for axis in self.wide_axes() {
+            if self.role(axis).is_some_and(|r| r.batch == Placement::Shard(1)) {
+                let (name, ranks) = self.axis(axis);
+                if !own.len().is_multiple_of(ranks) {
+                    return Err(cut("tokens of a sequence", name, ranks));
+                }
+                let part = own.len() / ranks;
+                own = own[self.coord(axis) * part..][..part].to_vec();
+            }
+        }
+        Ok(own)
+    }
+
+    /// What the length of a sequence must be a multiple of: pad to it.
+    pub fn sequence_multiple(&self) -> usize {
+        let mut multiple = 1;
+        let mut zigzags = false;
+        for axis in self.wide_axes() {
+            let Some(role) = self.role(axis) else { continue };
+            if role.batch == Placement::Shard(1) || role.residual == Placement::Shard(1) {
+                multiple *= self.axis(axis).1;
+            }
+            zigzags |= matches!(role.context, Some(Context::Ring { zigzag: true }));
+        }
+        if zigzags { 2 * multiple } else { multiple }
+    }
+
+    /// Which part of how many equal parts of a global batch is this rank's: one for every way in
+    /// which axes cut the batch.
+    pub fn batch_part(&self) -> (usize, usize) {
+        let (mut part, mut parts) = (0, 1);
+        for axis in self.wide_axes() {
+            if self.role(axis).is_some_and(|r| r.batch == Placement::Shard(0)) {
+                let ranks = self.axis(axis).1;
+                (part, parts) = (part * ranks + self.coord(axis), parts * ranks);
+            }
+        }
+        (part, parts)
+    }
+
+    pub(crate) fn role(&self, axis: usize) -> Option<&Role> {
+        self.sharding().roles().get(axis)
     }
 
     /// Number of axes of the mesh.
@@ -234,13 +322,21 @@ impl Tensor {
         }
     }
 
-    /// Other integers of the same shape, laid out as this tensor is: positions beside ids.
+    /// Other integers laid out as this tensor is, positions beside ids: one per local element, or
+    /// one per token of whole sequences, of which context parallelism leaves this rank its part.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there is one per local element.
+    /// [`Error::Shape`] for another number of them.
     pub fn same_place(&self, values: &[i32]) -> Result<Tensor> {
         if self.scope().is_fake() {
             return Ok(self.clone());
+        }
+        if let [batch, _] = *self.shape()
+            && values.len() != self.len()
+            && batch > 0
+            && values.len().is_multiple_of(batch)
+        {
+            return self.scope().sequences(values, batch, values.len() / batch);
         }
         Tensor::from_slice(self.scope(), values, self.shape(), self.layout())
     }
@@ -259,6 +355,23 @@ impl Tensor {
             }
         }
         shape
+    }
+
+    /// Where this rank's part begins in the whole tensor, per dim. Where several axes cut a dim,
+    /// the mesh's first is the outermost.
+    pub(crate) fn origin(&self) -> Vec<usize> {
+        self.origin_under(self.layout())
+    }
+
+    /// As `origin`, of a tensor of this local shape under another layout.
+    pub(crate) fn origin_under(&self, layout: Layout) -> Vec<usize> {
+        let mut part = vec![0; self.0.shape.len()];
+        for axis in self.scope().wide_axes() {
+            if let Placement::Shard(dim) = layout[axis] {
+                part[dim] = part[dim] * self.scope().axis(axis).1 + self.scope().coord(axis);
+            }
+        }
+        part.iter().zip(self.shape()).map(|(part, size)| part * size).collect()
     }
 
     /// The number of local elements.

@@ -4,7 +4,10 @@ use colossal_comm::{Mesh, on_ranks};
 use colossal_tensor::*;
 use proptest::prelude::*;
 
-fn noise(len: usize, seed: u64) -> Vec<f32> {
+#[path = "it/context.rs"]
+mod context;
+
+pub(crate) fn noise(len: usize, seed: u64) -> Vec<f32> {
     let s = random::Stream::new(seed, 0);
     (0..len as u64).map(|i| s.normal(i)).collect()
 }

@@ -69,6 +69,23 @@ impl Batch {
         self.targets.iter().filter(|t| **t != IGNORE).count()
     }
 
+    /// The same sequences, padded to length `seq` (if that is longer) with the last id of each.
+    pub fn padded_to(&self, seq: usize) -> std::borrow::Cow<'_, Batch> {
+        if seq <= self.seq {
+            return std::borrow::Cow::Borrowed(self);
+        }
+        let fill = |values: &[i32], last: fn(&[i32]) -> i32| -> Vec<i32> {
+            let rows = values.chunks(self.seq.max(1));
+            rows.flat_map(|r| r.iter().copied().chain(vec![last(r); seq - self.seq])).collect()
+        };
+        std::borrow::Cow::Owned(Batch {
+            ids: fill(&self.ids, |row| row.last().copied().unwrap_or(0)),
+            targets: fill(&self.targets, |_| IGNORE),
+            lengths: self.lengths.clone(),
+            seq,
+        })
+    }
+
     /// Part `i` of `n` equal parts.
     ///
     /// # Errors

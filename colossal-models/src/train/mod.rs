@@ -12,6 +12,6 @@ pub use checkpoint::{load_checkpoint, save_checkpoint};
 pub use data::{Batch, Sequences};
 pub use lr_schedule::{Decay, LrSchedule};
 pub use optimizer::AdamW;
-pub use plan::{Plan, Precision};
+pub use plan::{Plan, Precision, SequenceMode, TensorMode};
 pub use report::StepReport;
 pub use trainer::{Trainer, lm_loss};

@@ -1,6 +1,6 @@
 //! How a model is trained: a value with public fields, from code or from TOML.
 
-use colossal_tensor::{Dtype, Error, Mesh, Result, Role, Scope, Sharding};
+use colossal_tensor::{Context, Dtype, Error, Mesh, Result, Role, Scope, Sharding};
 use colossal_zero::Stage;
 use serde::{Deserialize, Serialize};
 
@@ -19,8 +19,20 @@ pub struct Plan {
     pub dp: usize,
     /// Tensor parallelism: heads, feed-forward width and vocabulary are cut into so many parts.
     pub tp: usize,
-    /// Megatron's sequence parallelism on the `tp` axis: tokens of the residual stream are cut.
-    pub sequence_parallel: bool,
+    /// How `tp` ranks share a product: a line, a grid, layers of grids, a cube.
+    pub tensor: TensorMode,
+    /// Layers of the grid of `tensor = "2.5d"`.
+    pub depth: usize,
+    /// How sequences are cut.
+    pub sequence_parallel: SequenceMode,
+    /// Ranks among which `all_to_all`, `ring_attn` and `usp` share each sequence.
+    pub sp: usize,
+    /// `usp`: so many of `sp` share heads in attention, the others form the ring.
+    pub ulysses: usize,
+    /// `ring_attn`, `usp`: a ring of rings, of which the inner ones have so many ranks.
+    pub inner_ring: usize,
+    /// Expert parallelism: the experts of a mixture, and the batch, are cut into so many parts.
+    pub ep: usize,
     /// ZeRO: 0 replicates optimizer states and gradients over `dp`, 1 cuts the states, 2 both.
     pub zero: u8,
     /// Blocks are run again in backward instead of saved.
@@ -38,7 +50,13 @@ impl Default for Plan {
         Plan {
             dp: 1,
             tp: 1,
-            sequence_parallel: false,
+            tensor: TensorMode::default(),
+            depth: 1,
+            sequence_parallel: SequenceMode::default(),
+            sp: 1,
+            ulysses: 1,
+            inner_ring: 1,
+            ep: 1,
             zero: 0,
             recompute: false,
             precision: Precision::F32,
@@ -69,10 +87,47 @@ impl Precision {
     }
 }
 
+/// How sequences are cut, by the names that ColossalAI gives its modes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SequenceMode {
+    /// Not at all.
+    #[default]
+    None,
+    /// Over `tp`, outside of attention and the feed-forward layer (Megatron).
+    SplitGather,
+    /// As `split_gather`, with gathers and scatters in chunks that overlap the products.
+    Ring,
+    /// Over `sp`, everywhere; attention trades tokens for heads (DeepSpeed-Ulysses).
+    AllToAll,
+    /// Over `sp`, everywhere; keys and values travel round a ring, zigzag.
+    RingAttn,
+    /// Over `sp` by both: `ulysses` ranks share heads, `sp / ulysses` form the ring.
+    Usp,
+}
+
+/// How tensor-parallel ranks share a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum TensorMode {
+    /// A line (Megatron).
+    #[default]
+    #[serde(rename = "1d")]
+    OneD,
+    /// A q×q grid (SUMMA, Optimus).
+    #[serde(rename = "2d")]
+    TwoD,
+    /// `depth` layers of a q×q grid (Tesseract).
+    #[serde(rename = "2.5d")]
+    TwoAndAHalfD,
+    /// A q×q×q cube.
+    #[serde(rename = "3d")]
+    ThreeD,
+}
+
 impl Plan {
     /// Ranks that it takes.
     pub fn ranks(&self) -> usize {
-        self.dp * self.tp
+        self.dp * self.ep * self.sp * self.tp
     }
 
     /// The mesh and the map of this plan over `world`.
@@ -82,10 +137,15 @@ impl Plan {
     pub fn scope(&self, world: &colossal_tensor::Group) -> Result<Scope> {
         self.validate()?;
         if self.ranks() != world.world_size() {
+            let degrees = [("dp", self.dp), ("ep", self.ep), ("sp", self.sp), ("tp", self.tp)];
+            let degrees: Vec<String> = degrees
+                .iter()
+                .filter(|(name, n)| *n > 1 || matches!(*name, "dp" | "tp"))
+                .map(|(name, n)| format!("{name} {n}"))
+                .collect();
             return Err(Error::Other(format!(
-                "plan: dp {} x tp {} takes {} ranks, but {} run; start as many or change a degree",
-                self.dp,
-                self.tp,
+                "plan: {} takes {} ranks, but {} run; start as many or change a degree",
+                degrees.join(" x "),
                 self.ranks(),
                 world.world_size()
             )));
@@ -95,13 +155,67 @@ impl Plan {
     }
 
     /// The axes of its mesh: `dp` outermost, so that ranks of one `tp` group are neighbours.
-    pub fn axes(&self) -> [(&'static str, usize); 2] {
-        [("dp", self.dp), ("tp", self.tp)]
+    pub fn axes(&self) -> Vec<(&'static str, usize)> {
+        self.rows().into_iter().map(|(name, size, _)| (name, size)).collect()
     }
 
     /// The map from names to placements.
     pub fn sharding(&self) -> Sharding {
-        Sharding::new(vec![Role::data(), Role::tensor(self.sequence_parallel)])
+        Sharding::new(self.rows().into_iter().map(|(_, _, role)| role).collect())
+    }
+
+    /// The table that is this plan: each axis of the mesh with its role. Axes of one rank are
+    /// left out, but for `dp` and `tp`.
+    fn rows(&self) -> Vec<(&'static str, usize, Role)> {
+        let mut rows = vec![("dp", self.dp, Role::data())];
+        if self.ep > 1 {
+            rows.push(("ep", self.ep, Role::expert()));
+        }
+        let ring = Role::context(Context::Ring { zigzag: true });
+        let (heads, around) = match self.sequence_parallel {
+            SequenceMode::AllToAll => (self.sp, 1),
+            SequenceMode::RingAttn => (1, self.sp),
+            SequenceMode::Usp => (self.ulysses, self.sp / self.ulysses),
+            _ => (1, 1),
+        };
+        let context = [
+            ("ring", around / self.inner_ring, ring.clone()),
+            ("ring_inner", self.inner_ring, ring),
+            ("ulysses", heads, Role::context(Context::Ulysses)),
+        ];
+        rows.extend(context.into_iter().filter(|(_, n, _)| *n > 1));
+        match self.tensor {
+            TensorMode::OneD => rows.push((
+                "tp",
+                self.tp,
+                match self.sequence_parallel {
+                    SequenceMode::SplitGather => Role::tensor(true),
+                    SequenceMode::Ring => Role::tensor_overlapped(),
+                    _ => Role::tensor(false),
+                },
+            )),
+            TensorMode::TwoD | TensorMode::TwoAndAHalfD => {
+                let side = self.side();
+                let [row, col] = Role::summa();
+                if self.depth > 1 {
+                    rows.push(("depth", self.depth, Role::data()));
+                }
+                rows.extend([("row", side, row), ("col", side, col)]);
+            }
+            TensorMode::ThreeD => {
+                let [row, col, depth] = Role::cube();
+                let side = self.side();
+                rows.extend([("row", side, row), ("col", side, col), ("depth", side, depth)]);
+            }
+        }
+        rows
+    }
+
+    /// The side of the grid or cube.
+    fn side(&self) -> usize {
+        let power = if self.tensor == TensorMode::ThreeD { 3 } else { 2 };
+        let area = self.tp / self.depth.max(1);
+        (1..=area).find(|q| q.pow(power) >= area).unwrap_or(1)
     }
 
     /// The ZeRO stage.
@@ -119,6 +233,11 @@ impl Plan {
         for (name, value) in [
             ("dp", self.dp),
             ("tp", self.tp),
+            ("sp", self.sp),
+            ("ep", self.ep),
+            ("depth", self.depth),
+            ("ulysses", self.ulysses),
+            ("inner_ring", self.inner_ring),
             ("microbatches", self.microbatches),
             ("bucket_mib", self.bucket_mib),
         ] {
@@ -129,11 +248,83 @@ impl Plan {
         if self.zero > 2 {
             return refuse(format!("zero = {} is not built yet; use 0, 1 or 2", self.zero));
         }
-        if self.sequence_parallel && self.tp == 1 {
-            return refuse(
-                "sequence_parallel cuts tokens over tp, which is 1; raise tp or turn it off".into(),
-            );
+        self.validate_sequence()?;
+        let side = self.side();
+        let (fits, shape) = match self.tensor {
+            TensorMode::OneD => (true, ""),
+            TensorMode::TwoD => (side * side == self.tp, "a square, as 4 or 9"),
+            TensorMode::TwoAndAHalfD => {
+                (side * side * self.depth == self.tp, "depth times a square, as 8 with depth 2")
+            }
+            TensorMode::ThreeD => (side.pow(3) == self.tp, "a cube, as 8 or 27"),
+        };
+        if !fits {
+            return refuse(format!("tp = {} must be {shape}, for this tensor mode", self.tp));
+        }
+        if self.depth > 1 && self.tensor != TensorMode::TwoAndAHalfD {
+            return refuse(format!(
+                "depth = {} belongs to tensor = \"2.5d\"; set that or leave depth out",
+                self.depth
+            ));
         }
         Ok(())
+    }
+
+    /// A mode is never changed silently for another: what it cannot do is refused.
+    fn validate_sequence(&self) -> Result<()> {
+        use SequenceMode::{AllToAll, None, Ring, RingAttn, SplitGather, Usp};
+        let refuse = |text: String| Err(Error::Other(format!("plan: {text}")));
+        let mode = self.sequence_parallel;
+        let name = format!("sequence_parallel = {:?}", toml_name(mode));
+        match mode {
+            SplitGather | Ring if self.tp == 1 || self.tensor != TensorMode::OneD => {
+                return refuse(format!(
+                    "{name} cuts tokens over a 1d tp, which is 1 or a grid; raise tp or turn it off"
+                ));
+            }
+            AllToAll | RingAttn | Usp if self.tensor != TensorMode::OneD => {
+                return refuse(format!("{name} goes with tensor = \"1d\" only"));
+            }
+            None | SplitGather | Ring if self.sp > 1 => {
+                return refuse(format!(
+                    "sp = {} needs a mode that cuts sequences over it: sequence_parallel = \
+                     \"all_to_all\", \"ring_attn\" or \"usp\"",
+                    self.sp
+                ));
+            }
+            AllToAll | RingAttn | Usp if self.sp == 1 => {
+                return refuse(format!("{name} cuts tokens over sp, which is 1; raise sp"));
+            }
+            _ => {}
+        }
+        let rings = match mode {
+            RingAttn => self.sp,
+            Usp => self.sp / self.ulysses,
+            _ => 1,
+        };
+        if self.ulysses > 1 && (mode != Usp || !self.sp.is_multiple_of(self.ulysses)) {
+            return refuse(format!(
+                "ulysses = {} must divide sp = {} and needs sequence_parallel = \"usp\"",
+                self.ulysses, self.sp
+            ));
+        }
+        if !rings.is_multiple_of(self.inner_ring) {
+            return refuse(format!(
+                "inner_ring = {} must divide the {rings} ranks of the ring",
+                self.inner_ring
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn toml_name(mode: SequenceMode) -> &'static str {
+    match mode {
+        SequenceMode::None => "none",
+        SequenceMode::SplitGather => "split_gather",
+        SequenceMode::Ring => "ring",
+        SequenceMode::AllToAll => "all_to_all",
+        SequenceMode::RingAttn => "ring_attn",
+        SequenceMode::Usp => "usp",
     }
 }

@@ -180,10 +180,9 @@ impl Trainer {
         self.model
     }
 
-    /// This rank's coordinate on the `dp` axis, and its size: which part of a batch is its own.
+    /// Which part of how many parts of a batch is this rank's own.
     pub fn data_part(&self) -> (usize, usize) {
-        let mesh = self.model.scope().mesh();
-        (mesh.coord("dp").unwrap_or(0), mesh.size("dp").unwrap_or(1))
+        self.model.scope().batch_part()
     }
 
     /// One step of language modelling on a *global* batch: the mean loss over its targets.
@@ -363,16 +362,19 @@ impl Trainer {
 
     fn world_bytes(&self) -> u64 {
         let mesh = self.model.scope().mesh();
-        ["dp", "tp"].iter().filter_map(|a| mesh.group(a).ok()).map(|g| g.counters().bytes()).sum()
+        let groups = mesh.axes().iter().filter_map(|(axis, _)| mesh.group(axis).ok());
+        groups.map(|g| g.counters().bytes()).sum()
     }
 }
 
-/// The summed loss of this rank's sequences.
+/// The summed loss of this rank's sequences; what a plan cuts them into is filled up with padding.
 pub fn lm_loss(
     model: &CausalLm,
     batch: &Batch,
     dropout: Option<colossal_tensor::random::Stream>,
 ) -> Result<Tensor> {
+    let multiple = model.scope().sequence_multiple();
+    let batch = &batch.padded_to(batch.seq.next_multiple_of(multiple));
     let mut tokens = Tokens::padded(model.scope(), &batch.ids, batch.seq, batch.lengths.clone())?;
     tokens.dropout = dropout;
     let targets = tokens.ids.same_place(&batch.targets)?;

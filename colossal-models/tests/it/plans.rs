@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use colossal_comm::on_ranks;
 use colossal_models::gpt2::Gpt2Config;
 use colossal_models::llama::LlamaConfig;
-use colossal_models::train::{AdamW, Batch, LrSchedule, Plan, Precision, Trainer, lm_loss};
+use colossal_models::train::{
+    AdamW, Batch, LrSchedule, Plan, Precision, SequenceMode, Trainer, lm_loss,
+};
 use colossal_models::{DecoderConfig, Group, hf};
 use colossal_tensor::safetensors::Owned;
 use colossal_tensor::{Dtype, Tensor, fake};
@@ -77,11 +79,12 @@ fn close(what: &str, a: &[f32], b: &[f32], tolerance: f32) {
 }
 
 fn table() -> Vec<Plan> {
+    use SequenceMode::{AllToAll, Ring, RingAttn, SplitGather, Usp};
     let base = Plan { bucket_mib: 1, ..Plan::default() };
     let p = |dp, tp, sequence_parallel, zero, recompute, microbatches| Plan {
         dp,
         tp,
-        sequence_parallel,
+        sequence_parallel: if sequence_parallel { SplitGather } else { SequenceMode::None },
         zero,
         recompute,
         microbatches,
@@ -100,7 +103,26 @@ fn table() -> Vec<Plan> {
         p(2, 2, false, 1, false, 1),
         p(2, 2, true, 2, true, 2),
         p(2, 2, true, 0, false, 1),
+        // More ranks than LLaMA has key heads.
+        p(1, 4, false, 0, false, 1),
+        p(1, 4, true, 1, false, 2),
+        context(Ring, 1, p(1, 2, false, 0, false, 1)),
+        context(Ring, 1, p(2, 2, false, 2, true, 2)),
+        context(AllToAll, 2, base.clone()),
+        context(AllToAll, 4, base.clone()),
+        context(AllToAll, 2, p(1, 2, false, 0, true, 1)),
+        context(RingAttn, 2, base.clone()),
+        context(RingAttn, 3, base.clone()),
+        context(RingAttn, 4, p(1, 1, false, 0, true, 2)),
+        context(RingAttn, 2, p(2, 2, false, 1, false, 1)),
+        context(Usp, 4, Plan { ulysses: 2, ..base.clone() }),
+        context(RingAttn, 4, Plan { inner_ring: 2, ..base.clone() }),
+        context(Usp, 8, Plan { ulysses: 2, inner_ring: 2, ..base.clone() }),
     ]
+}
+
+fn context(mode: SequenceMode, sp: usize, plan: Plan) -> Plan {
+    Plan { sequence_parallel: mode, sp, ..plan }
 }
 
 #[test]
@@ -113,8 +135,9 @@ fn every_plan_equals_one_device() {
                 let alone = Plan { microbatches: plan.microbatches, ..Plan::default() };
                 train(&Group::solo(), &alone, &config)
             });
-            // Dropout of a data-parallel part is drawn for the part: only LLaMA has none.
-            if name == "gpt2" && (plan.dp > 1) {
+            // Dropout of a data-parallel part is drawn for the part, and zigzag reorders tokens:
+            // only LLaMA has none.
+            if name == "gpt2" && (plan.dp > 1 || plan.sp > 1) {
                 continue;
             }
             for outcome in on_ranks(plan.ranks(), |world| train(&world, &plan, &config)) {
@@ -139,11 +162,12 @@ fn gradients(
     let mut model = colossal_models::CausalLm::new(&scope, config, 3, Dtype::F32).unwrap();
     model.stack = model.stack.recompute(plan.recompute);
     let mesh = scope.mesh();
-    let part = batch(0).part(mesh.coord("dp").unwrap(), plan.dp).unwrap();
+    let (part, parts) = scope.batch_part();
+    let part = batch(0).part(part, parts).unwrap();
     let loss = lm_loss(&model, &part, None).unwrap().scale(0.01).unwrap();
     let mut sum = loss.clone();
-    for axis in ["dp", "tp"] {
-        if sum.layout()[usize::from(axis == "tp")] == colossal_tensor::Placement::Partial {
+    for (i, (axis, _)) in mesh.axes().iter().enumerate() {
+        if sum.layout()[i] == colossal_tensor::Placement::Partial {
             sum = sum.detach().distribute(axis, colossal_tensor::Placement::Invariant).unwrap();
         }
     }
@@ -169,6 +193,32 @@ fn every_gradient_of_every_plan_equals_one_device() {
                 assert!((parallel_loss - loss).abs() < 1e-5 * loss, "{name} {plan:?}");
                 for (key, values) in &grads {
                     close(&format!("{name} {plan:?} {key}"), values, &one[key], 2e-5);
+                }
+            }
+        }
+    }
+}
+
+/// ColossalAI's `ring` mode has the right loss and wrong weight gradients at every size (W01).
+#[test]
+fn w01_every_sequence_mode_has_the_gradients_of_one_device_at_two_to_eight_ranks() {
+    use SequenceMode::{AllToAll, Ring, RingAttn, SplitGather};
+    for ranks in 2..=8 {
+        let config = DecoderConfig::Llama(LlamaConfig {
+            intermediate_size: 3 * ranks,
+            max_position_embeddings: 64,
+            ..LlamaConfig::sized(32usize.next_multiple_of(ranks), 4 * ranks, 1, ranks)
+        });
+        let (loss, one) = gradients(&Group::solo(), &Plan::default(), &config);
+        for mode in [SplitGather, Ring, AllToAll, RingAttn] {
+            let plan = match mode {
+                SplitGather | Ring => context(mode, 1, Plan { tp: ranks, ..Plan::default() }),
+                _ => context(mode, ranks, Plan::default()),
+            };
+            for (parallel_loss, grads) in on_ranks(ranks, |w| gradients(&w, &plan, &config)) {
+                assert!((parallel_loss - loss).abs() < 1e-5 * loss, "{mode:?} on {ranks}");
+                for (key, values) in &grads {
+                    close(&format!("{mode:?} on {ranks} {key}"), values, &one[key], 2e-5);
                 }
             }
         }
@@ -201,10 +251,30 @@ fn plans_that_do_not_fit_say_what_would() {
     assert!(text.contains("dp 3") && text.contains("2 run"), "{text}");
     let text = refuse(Plan { tp: 3, ..Plan::default() }, 3);
     assert!(text.contains("does not divide by the 3 ranks of axis tp"), "{text}");
-    let text = refuse(Plan { sequence_parallel: true, ..Plan::default() }, 1);
+    let text = refuse(context(SequenceMode::SplitGather, 1, Plan::default()), 1);
     assert!(text.contains("sequence_parallel"), "{text}");
     let unknown = toml::from_str::<Plan>("dpp = 2").unwrap_err().to_string();
     assert!(unknown.contains("dpp") && unknown.contains("dp"), "{unknown}");
+}
+
+/// ColossalAI changes a mode that a model lacks for another one, with a warning (W03).
+#[test]
+fn w03_a_sequence_mode_is_never_changed_for_another() {
+    let refuse = |text: &str, words: &[&str]| {
+        let error = toml::from_str::<Plan>(text).unwrap().validate().unwrap_err().to_string();
+        assert!(words.iter().all(|w| error.contains(w)), "{text}: {error}");
+    };
+    refuse("sequence_parallel = 'ring_attn'", &["ring_attn", "raise sp"]);
+    refuse("sequence_parallel = 'all_to_all'\nsp = 2\ntp = 4\ntensor = '2d'", &["1d"]);
+    refuse("sequence_parallel = 'split_gather'\nsp = 2\ntp = 2", &["sp = 2", "all_to_all"]);
+    refuse("sequence_parallel = 'usp'\nsp = 4\nulysses = 3", &["ulysses = 3", "divide"]);
+    refuse("sequence_parallel = 'ring_attn'\nsp = 4\ninner_ring = 3", &["inner_ring = 3"]);
+    refuse("tp = 6\ntensor = '2d'", &["a square"]);
+    refuse("tp = 4\ntensor = '3d'", &["a cube"]);
+    let unknown = toml::from_str::<Plan>("sequence_parallel = 'rings'").unwrap_err().to_string();
+    for mode in ["split_gather", "ring", "all_to_all", "ring_attn", "usp"] {
+        assert!(unknown.contains(mode), "{unknown}");
+    }
 }
 
 #[test]
@@ -214,7 +284,8 @@ fn layouts_of_published_sizes_hold_on_a_thousand_pretended_ranks() {
         num_key_value_heads: 8,
         ..LlamaConfig::sized(128_256, 8192, 80, 64)
     });
-    let plan = Plan { dp: 128, tp: 8, sequence_parallel: true, ..Plan::default() };
+    let plan =
+        Plan { dp: 128, tp: 8, sequence_parallel: SequenceMode::SplitGather, ..Plan::default() };
     let report = fake::check(&plan.axes(), plan.sharding(), Dtype::Bf16, |params| {
         let stack = colossal_tensor::Stack::build::<colossal_models::Decoder>(params, &config)?;
         let tokens = colossal_models::Tokens::new(params.scope(), &[0; 16], 16)?;

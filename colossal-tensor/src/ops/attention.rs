@@ -9,6 +9,7 @@ use super::{produce, same_dtype};
 use crate::autograd::record;
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result};
+use crate::placement::{Context, Placement};
 use crate::propagate::{self, propagate};
 use crate::storage::Buffer;
 use crate::tensor::Tensor;
@@ -34,7 +35,48 @@ impl AttentionMask {
 impl Tensor {
     /// Scaled dot-product attention: `self` are queries `[batch, seq, heads, head_dim]`, `k` and
     /// `v` are `[batch, seq, kv_heads, head_dim]`; `kv_heads` divides `heads` (grouped queries).
+    ///
+    /// Along an axis that cuts the tokens it communicates, as the axis' role says: Ulysses or a
+    /// ring. Where an axis cuts the query heads and key heads are whole (fewer of them than
+    /// ranks), it reads those its queries need.
     pub fn attention(&self, k: &Tensor, v: &Tensor, mask: &AttentionMask) -> Result<Tensor> {
+        four("attention", self)?;
+        let (k, v) = (own_heads(self, k)?, own_heads(self, v)?);
+        let context = |axis: usize| match self.layout()[axis] {
+            Placement::Shard(1) => self.scope().role(axis).and_then(|r| r.context),
+            _ => None,
+        };
+        let (mut ulysses, mut ring) = (vec![], vec![]);
+        for axis in self.scope().wide_axes() {
+            match context(axis) {
+                None => continue,
+                Some(Context::Ulysses) => ulysses.push(axis),
+                Some(Context::Ring { .. }) => ring.push(axis),
+            }
+        }
+        if ulysses.is_empty() && ring.is_empty() {
+            return self.local_attention(&k, &v, mask);
+        }
+        propagate("attention", &[self, &k, &v], |p| match p {
+            [Placement::Shard(1), Placement::Shard(1), Placement::Shard(1)] => Some(p[0]),
+            p => propagate::attention(p),
+        })?;
+        let (mut q, mut k, mut v) = (self.clone(), k, v);
+        for axis in &ulysses {
+            (q, k, v) = crate::ulysses::to_heads(&q, &k, &v, *axis)?;
+        }
+        let mut out = match ring[..] {
+            [] => q.local_attention(&k, &v, mask)?,
+            _ => crate::ring_attention::ring_attention(&q, &k, &v, mask, &ring)?,
+        };
+        for axis in ulysses.iter().rev() {
+            out = crate::ulysses::to_tokens(&out, *axis)?;
+        }
+        Ok(out)
+    }
+
+    /// Attention within what this rank holds.
+    fn local_attention(&self, k: &Tensor, v: &Tensor, mask: &AttentionMask) -> Result<Tensor> {
         let (batch, q_len, heads, head_dim) = four("attention", self)?;
         let (kb, kv_len, kv_heads, kd) = four("attention", k)?;
         if k.shape() != v.shape() || kb != batch || kd != head_dim || heads % kv_heads != 0 {
@@ -89,6 +131,34 @@ impl Tensor {
             back.give(0, dq)
         }))
     }
+}
+
+/// The key heads that this rank's query heads read, where an axis cuts the latter only.
+fn own_heads(q: &Tensor, k: &Tensor) -> Result<Tensor> {
+    let (_, _, heads, _) = four("attention", q)?;
+    let (_, _, kv_heads, _) = four("attention", k)?;
+    let mut layout = k.layout();
+    let mut place = (0, 1);
+    for axis in q.scope().wide_axes() {
+        if (q.layout()[axis], layout[axis]) == (Placement::Shard(2), Placement::Replicate) {
+            let ranks = q.scope().axis(axis).1;
+            place = (place.0 * ranks + q.scope().coord(axis), place.1 * ranks);
+            layout[axis] = Placement::Shard(2);
+        }
+    }
+    if place.1 == 1 {
+        return Ok(k.clone());
+    }
+    // Query heads per key head, in the part of the heads that these axes share.
+    let group = (heads * place.1 / kv_heads.max(1)).max(1);
+    let first = place.0 * heads;
+    if heads * place.1 % kv_heads.max(1) != 0 || (group % heads != 0 && heads % group != 0) {
+        return Err(Error::Other(format!(
+            "attention: {heads} query heads a rank read parts of the groups of {kv_heads} key heads; \
+             choose a degree of tensor parallelism that divides them or is a multiple of them"
+        )));
+    }
+    k.take_heads(first / group..(first + heads).div_ceil(group), layout)
 }
 
 fn shape(sizes: [usize; 6], mask: &AttentionMask) -> AttentionShape<'_> {

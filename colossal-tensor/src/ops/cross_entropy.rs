@@ -65,7 +65,7 @@ impl Tensor {
             .filter(|axis| self.layout()[*axis] == Placement::Shard(last))
             .collect();
         let global = self.global_shape()[last];
-        let first = sharded.iter().fold(0, |first, axis| first + scope.coord(*axis) * vocab) as i32;
+        let first = self.origin()[last] as i32;
         let mut targets = targets.to_vec_of::<i32>()?;
         if let Some(bad) =
             targets.iter().find(|t| **t != IGNORE && (**t < 0 || **t as usize >= global))

@@ -37,10 +37,9 @@ fn mask(x: &Tensor, p: f32, stream: Stream, placed: Layout, layout: Layout) -> R
     let scope = x.scope();
     // Global size and this rank's first index, per dim.
     let mut global = x.shape().to_vec();
-    let mut first = vec![0; global.len()];
+    let first = x.origin_under(placed);
     for axis in scope.wide_axes() {
         if let Placement::Shard(dim) = placed[axis] {
-            first[dim] += scope.coord(axis) * x.shape()[dim];
             global[dim] *= scope.axis(axis).1;
         }
     }

@@ -41,7 +41,7 @@ impl Tensor {
             Arc::new(vec![])
         } else {
             let mut local = token_ids(ids, table.global_shape()[0])?;
-            let first = table.first_row() as i32;
+            let first = table.origin()[0] as i32;
             local.iter_mut().for_each(|id| *id -= first);
             Arc::new(local)
         };
@@ -62,14 +62,6 @@ impl Tensor {
                 })
             })
         }))
-    }
-
-    /// The index of this rank's first row (dim 0) in the whole tensor.
-    pub(crate) fn first_row(&self) -> usize {
-        self.scope()
-            .wide_axes()
-            .filter(|axis| self.layout()[*axis] == Placement::Shard(0))
-            .fold(0, |first, axis| first + self.scope().coord(axis) * self.shape()[0])
     }
 
     /// One row per sequence: `x [batch, seq, dim]` at `index[b]` gives `[batch, dim]`.

@@ -29,6 +29,12 @@ impl Tensor {
         }
         same_dtype("linear", self, weight)?;
         let last = self.shape().len() - 1;
+        if let Some(y) = self.linear_elsewhere(weight)? {
+            return match bias {
+                Some(bias) => y.add_bias(bias),
+                None => Ok(y),
+            };
+        }
         let mut layout = propagate("linear", &[self, weight], propagate::linear(last))?;
         if let Some(bias) = bias {
             same_dtype("linear bias", weight, bias)?;
@@ -104,6 +110,16 @@ impl Tensor {
             }
             Ok(())
         }))
+    }
+
+    /// The products that communicate: those whose layouts no rank can multiply alone.
+    fn linear_elsewhere(&self, weight: &Tensor) -> Result<Option<Tensor>> {
+        for axis in self.scope().wide_axes() {
+            if let Some(kind) = crate::overlap::Kind::of(self, weight, axis) {
+                return crate::overlap::linear(self, weight, axis, kind).map(Some);
+            }
+        }
+        Ok(None)
     }
 
     /// `x + bias` with `bias [n]` along the last dim.

@@ -5,6 +5,7 @@ mod cross_entropy;
 mod dropout;
 mod elementwise;
 mod external;
+mod heads;
 mod index;
 mod matmul;
 mod norm;

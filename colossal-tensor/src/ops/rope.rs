@@ -71,7 +71,7 @@ impl Tensor {
                  shorten the sequence or raise max_position_embeddings"
             )));
         }
-        let layout = propagate("rope", &[self], propagate::attention)?;
+        let layout = propagate("rope", &[self], propagate::rope)?;
         let rotate = move |x: &Tensor,
                            positions: &[i32],
                            table: &RopeTable,

@@ -1,0 +1,221 @@
+//! Tensor-parallel products that gather or scatter tokens while they compute: calls `comm`.
+//!
+//! Megatron's sequence parallelism gathers the tokens before a column-parallel product and
+//! scatters the sums after a row-parallel one. Here the tokens of one rank at a time travel round
+//! the ring while those that have come are multiplied (Wang et al., 2023). A column-parallel
+//! product keeps its own tokens only and lets them travel again for the weight's gradient.
+//!
+//! Sent per rank, with n bytes of all tokens: forward `n (p - 1) / p`; backward twice that for a
+//! column-parallel product, once for a row-parallel one.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use colossal_comm::{Group, Pending};
+use colossal_kernels::{self as kernels, Epilogue, Float, Mat, MatMut};
+
+use crate::autograd::{Weight, record};
+use crate::dtype::{Element, float};
+use crate::error::{Error, Result, comm};
+use crate::ops::produce;
+use crate::placement::Placement::Shard;
+use crate::propagate::{self, propagate};
+use crate::storage::{Buffer, Lent, Typed};
+use crate::tensor::Tensor;
+
+/// Which side of the sub-layer a product is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Tokens are gathered, the output dim is cut.
+    Column,
+    /// The input dim is cut, sums are scattered over tokens.
+    Row,
+}
+
+impl Kind {
+    /// Does `x wᵀ` overlap along this axis?
+    pub(crate) fn of(x: &Tensor, w: &Tensor, axis: usize) -> Option<Kind> {
+        let last = x.shape().len() - 1;
+        if last != 2 || !x.scope().role(axis).is_some_and(|role| role.overlaps()) {
+            return None;
+        }
+        match (x.layout()[axis], w.layout()[axis]) {
+            (Shard(1), Shard(0)) => Some(Kind::Column),
+            (Shard(d), Shard(1)) if d == last => Some(Kind::Row),
+            _ => None,
+        }
+    }
+}
+
+/// `x wᵀ` for `x [batch, tokens, in]`.
+pub(crate) fn linear(x: &Tensor, w: &Tensor, axis: usize, kind: Kind) -> Result<Tensor> {
+    let rule = propagate::linear(2);
+    let op = "linear";
+    let layout = propagate(op, &[x, w], |p| match (kind, p) {
+        (Kind::Column, [Shard(1), Shard(0)]) => Some(Shard(2)),
+        (Kind::Row, [Shard(2), Shard(1)]) => Some(Shard(1)),
+        (_, p) => rule(p),
+    })?;
+    let (name, ranks) = x.scope().axis(axis);
+    let [batch, tokens, k] = [0, 1, 2].map(|d| x.shape()[d]);
+    let n = w.shape()[0];
+    let (part, whole) = match kind {
+        Kind::Column => (tokens, tokens * ranks),
+        Kind::Row => (tokens / ranks, tokens),
+    };
+    if kind == Kind::Row && !tokens.is_multiple_of(ranks) {
+        let what = "tokens of a sequence".into();
+        return Err(Error::Divide { what, dim: 1, size: tokens, axis: name, ranks });
+    }
+    let shape = [batch, if kind == Kind::Column { whole } else { part }, n];
+    if x.scope().is_fake() {
+        return Ok(Tensor::pretend(x.scope(), &shape, x.dtype(), layout));
+    }
+    let walk = Walk { group: x.scope().mesh().group(&name).map_err(comm)?.clone(), batch, part };
+    let y = produce(x.scope(), &shape, x.dtype(), layout, |y| {
+        float!(op, x.dtype(), T => {
+            let (x, w) = (x.read::<T>()?, w.read::<T>()?);
+            let (x, w, y) = (x.as_slice::<T>(), Mat::new(w.as_slice::<T>(), n, k).t(), y);
+            let plain = Epilogue::default();
+            match kind {
+                Kind::Column => walk.gather(x, k, |b, own, x| {
+                    let y = &mut y.as_mut_slice::<T>()[walk.rows(b, own, n)];
+                    kernels::gemm(Mat::new(x, part, k), w, MatMut::new(y, part, n), &plain);
+                }),
+                Kind::Row => walk.scatter(n, y, |b, own, y: &mut [T]| {
+                    let x = Mat::new(&x[walk.rows(b, own, k)], part, k);
+                    kernels::gemm(x, w, MatMut::new(y, part, n), &plain);
+                }),
+            }
+        })
+    })?;
+    let (x_saved, w_saved, like) = (x.detach(), w.detach(), Weight::like(w));
+    Ok(record(op, y, &[x, w], move |dy, back| {
+        let (x, dtype) = (x_saved, dy.dtype());
+        let layout = x.layout().dual();
+        // What the weight's gradient needs of dy: all tokens.
+        let mut gathered = match kind {
+            Kind::Column => Buffer::new::<u8>(0),
+            Kind::Row => Buffer::with_bytes(batch * whole * n * dtype.bytes()),
+        };
+        let dx = produce(x.scope(), x.shape(), dtype, layout, |dx| {
+            float!(op, dtype, T => {
+                let (dy, w) = (dy.read::<T>()?, w_saved.read::<T>()?);
+                let (dy, w) = (dy.as_slice::<T>(), Mat::new(w.as_slice::<T>(), n, k));
+                match kind {
+                    Kind::Column => walk.scatter(k, dx, |b, own, dx: &mut [T]| {
+                        let dy = Mat::new(&dy[walk.rows(b, own, n)], part, n);
+                        kernels::gemm(dy, w, MatMut::new(dx, part, k), &Epilogue::default());
+                    }),
+                    Kind::Row => walk.gather(dy, n, |b, own, dy| {
+                        gathered.as_mut_slice::<T>()[walk.rows(b, own, n)].copy_from_slice(dy);
+                        let dx = &mut dx.as_mut_slice::<T>()[walk.rows(b, own, k)];
+                        let dx = MatMut::new(dx, part, k);
+                        kernels::gemm(Mat::new(dy, part, n), w, dx, &Epilogue::default());
+                    }),
+                }
+            })
+        })?;
+        back.give(0, dx)?;
+        if !back.wants(1) {
+            return Ok(());
+        }
+        back.weight(1, &like, move |dw| {
+            float!(op, dtype, T => {
+                let add = Epilogue { accumulate: true, ..Epilogue::default() };
+                let x = x.read::<T>()?;
+                let x = x.as_slice::<T>();
+                match kind {
+                    Kind::Column => {
+                        let dy = dy.read::<T>()?;
+                        let dy = dy.as_slice::<T>();
+                        walk.gather(x, k, |b, own, x| {
+                            let dy = Mat::new(&dy[walk.rows(b, own, n)], part, n).t();
+                            kernels::gemm(dy, Mat::new(x, part, k), MatMut::new(dw, n, k), &add);
+                        })
+                    }
+                    Kind::Row => {
+                        let dy = Mat::new(gathered.as_slice::<T>(), batch * whole, n).t();
+                        let x = Mat::new(x, batch * whole, k);
+                        kernels::gemm(dy, x, MatMut::new(dw, n, k), &add);
+                        Ok(())
+                    }
+                }
+            })
+        })
+    }))
+}
+
+/// Tokens of one rank at a time, round the ring.
+struct Walk {
+    group: Group,
+    batch: usize,
+    /// Tokens of a sequence on one rank.
+    part: usize,
+}
+
+impl Walk {
+    /// Where the tokens of rank `own` lie in sequence `b` of a whole `[batch, tokens, width]`.
+    fn rows(&self, b: usize, own: usize, width: usize) -> Range<usize> {
+        let start = (b * self.group.world_size() + own) * self.part * width;
+        start..start + self.part * width
+    }
+
+    /// Visits the tokens `[part, width]` of each sequence and rank, one's own first, while the
+    /// next ones are on their way.
+    fn gather<T: Element>(
+        &self,
+        own: &[T],
+        width: usize,
+        mut visit: impl FnMut(usize, usize, &[T]),
+    ) -> Result<()> {
+        let (n, me) = (self.group.world_size(), self.group.rank());
+        let mut here = Arc::new(Buffer::from_slice(own));
+        for step in 0..n {
+            let next = (step + 1 < n).then(|| {
+                let room = Typed::<T>::new(Buffer::new::<T>(own.len()));
+                self.group.shift_start(Lent::<T>::new(&here), room, 1)
+            });
+            let owner = (me + n - step) % n;
+            for (b, rows) in here.as_slice::<T>().chunks(self.part * width).enumerate() {
+                visit(b, owner, rows);
+            }
+            if let Some(next) = next {
+                here = Arc::new(next.wait().map_err(comm)?.1.0);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sums over ranks, of which each keeps its own tokens: `term` writes this rank's term for the
+    /// tokens of one rank, while the sum so far is on its way.
+    fn scatter<T: Element + Float>(
+        &self,
+        width: usize,
+        own: &mut Buffer,
+        mut write: impl FnMut(usize, usize, &mut [T]),
+    ) -> Result<()> {
+        let (n, me) = (self.group.world_size(), self.group.rank());
+        let len = self.batch * self.part * width;
+        let mut coming: Option<Pending<(Typed<T>, Typed<T>)>> = None;
+        for step in 0..n {
+            // The sum for rank r starts at r + 1 and ends at r.
+            let owner = (me + n - 1 - step) % n;
+            let mut term = Buffer::new::<T>(len);
+            for (b, rows) in term.as_mut_slice::<T>().chunks_mut(self.part * width).enumerate() {
+                write(b, owner, rows);
+            }
+            if let Some(coming) = coming.take() {
+                let (_, sum) = coming.wait().map_err(comm)?;
+                kernels::add_assign(sum.0.as_slice::<T>(), term.as_mut_slice());
+            }
+            if step + 1 < n {
+                let room = Typed::new(Buffer::new::<T>(len));
+                coming = Some(self.group.shift_start(Typed::new(term), room, 1));
+            } else {
+                *own = term;
+            }
+        }
+        Ok(())
+    }
+}
