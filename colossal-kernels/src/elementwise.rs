@@ -3,7 +3,7 @@
 use crate::float::Float;
 use crate::isa::simd;
 use crate::profile::{self, Work};
-use crate::threads::rows;
+use crate::threads::{Parts, parallel_for, rows};
 
 /// Operands of an element-wise kernel are equally long.
 pub(crate) fn check(kernel: &str, a: usize, b: usize) {
@@ -51,6 +51,16 @@ pub fn scale<T: Float>(x: &[T], s: f32, y: &mut [T]) {
         }
     } }
     rows(x, 1, y, 1, |_, x, y| piece(x, s, y));
+}
+
+/// `y = value` everywhere.
+pub fn fill<T: Float>(y: &mut [T], value: T) {
+    let _span = profile::moves::<T>("fill", y.len(), 1);
+    let parts = Parts::new(y);
+    parallel_for(parts.len(), 1 << 16, |r| {
+        // SAFETY: ranges of different pieces are disjoint.
+        unsafe { parts.range(r) }.fill(value);
+    });
 }
 
 /// `y += x`.

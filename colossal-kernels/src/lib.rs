@@ -29,7 +29,7 @@ pub use adamw::AdamW;
 pub use attention::{AttentionBias, AttentionShape, flash_attention, flash_attention_backward};
 pub use cast::cast;
 pub use cross_entropy::{ELSEWHERE, cross_entropy, cross_entropy_backward, logits_stats};
-pub use elementwise::{add, add_assign, add_bias, add_into, axpy, mul, scale, sub};
+pub use elementwise::{add, add_assign, add_bias, add_into, axpy, fill, mul, scale, sub};
 pub use embedding::{embedding, embedding_backward};
 pub use float::Float;
 pub use floor::Floor;

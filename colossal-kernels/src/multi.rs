@@ -4,7 +4,8 @@ use crate::isa::simd;
 use crate::profile;
 use crate::threads::{Parts, parallel_for};
 
-/// The sum of squares, in f64 over blocks of f32.
+/// The sum of squares: blocks of 4096 in f32, runs of 64 blocks in f64, added in order, so that
+/// the result does not depend on the number of threads.
 pub fn sum_of_squares(x: &[f32]) -> f64 {
     let _span = profile::moves::<f32>("sum_of_squares", x.len(), 1);
     simd! { fn block(x: &[f32]) -> f32 {
@@ -18,7 +19,18 @@ pub fn sum_of_squares(x: &[f32]) -> f64 {
         }
         lanes.iter().sum::<f32>() + rest
     } }
-    x.chunks(4096).map(|b| f64::from(block(b))).sum()
+    const RUN: usize = 64 * 4096;
+    let mut sums = vec![0.0f64; x.len().div_ceil(RUN)];
+    let parts = Parts::new(&mut sums);
+    parallel_for(parts.len(), 1, |range| {
+        for i in range {
+            let run = &x[i * RUN..((i + 1) * RUN).min(x.len())];
+            // SAFETY: each run has its own sum.
+            let sum = unsafe { parts.range(i..i + 1) };
+            sum[0] = run.chunks(4096).map(|b| f64::from(block(b))).sum();
+        }
+    });
+    sums.iter().sum()
 }
 
 /// The sum of squares of all tensors together.

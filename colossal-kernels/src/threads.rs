@@ -257,6 +257,10 @@ impl<T> Parts<T> {
         Parts(slice.as_mut_ptr(), slice.len())
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.1
+    }
+
     /// The elements of `range`.
     ///
     /// # Safety

@@ -1,9 +1,10 @@
 //! The Zero Redundancy Optimizer (Rajbhandari et al., 2020), stages 1 and 2, and plain data
 //! parallelism as stage 0, over one flat vector of parameters.
 //!
-//! The caller says when a parameter's gradient is ready; when all of a bucket's are, its
-//! reduction starts in flight, so that it overlaps with the rest of the backward pass. It knows
-//! no optimizer: [`Zero::step`] hands out this rank's pieces with their gradients.
+//! Gradients are accumulated where they will be sent from. The caller says when a parameter's is
+//! complete; when all of a bucket's are, its reduction starts in flight, so that it overlaps with
+//! the rest of the backward pass. It knows no optimizer: [`Zero::step`] hands out this rank's
+//! pieces with their gradients. Buffers are kept: after the first step none is allocated.
 
 use std::ops::Range;
 
@@ -30,11 +31,24 @@ pub struct Zero {
     group: Group,
     len: usize,
     partition: Partition,
-    /// Buckets being filled: the buffer and how many parameters are in it.
-    filling: Vec<Option<(Vec<f32>, usize)>>,
+    /// Offsets of the parameters, rising; the bucket's buffer holds this one's gradient.
+    offsets: Vec<usize>,
+    touched: Vec<bool>,
+    buckets: Vec<Filling>,
     flying: Vec<Flight>,
     /// Reduced gradients of this rank's pieces (stage 0: of everything), bucket by bucket.
-    grads: Vec<Vec<f32>>,
+    grads: Vec<Option<Vec<f32>>>,
+}
+
+/// A bucket that gradients are accumulated in.
+#[derive(Debug, Default)]
+struct Filling {
+    /// What is sent; taken while it flies.
+    buffer: Option<Vec<f32>>,
+    /// Room for what comes back, when that is not the buffer itself.
+    piece: Option<Vec<f32>>,
+    /// Parameters whose gradient is complete.
+    complete: usize,
 }
 
 #[derive(Debug)]
@@ -68,15 +82,12 @@ impl Zero {
             return Err(Error::Length { expected: len, given: end });
         }
         let partition = Partition::new(segments, bucket, group.world_size());
-        let rank = group.rank();
-        let grads = (0..partition.buckets().len())
-            .map(|i| match stage {
-                Stage::Zero => vec![0.0; partition.buckets()[i].range.len()],
-                _ => vec![0.0; partition.piece(i, rank).len()],
-            })
-            .collect();
-        let filling = partition.buckets().iter().map(|_| None).collect();
-        Ok(Zero { stage, group, len, partition, filling, flying: vec![], grads })
+        let buckets = partition.buckets().iter().map(|_| Filling::default()).collect();
+        let grads = partition.buckets().iter().map(|_| None).collect();
+        let offsets: Vec<usize> = segments.iter().filter(|s| s.1 > 0).map(|s| s.0).collect();
+        let touched = vec![false; offsets.len()];
+        let flying = vec![];
+        Ok(Zero { stage, group, len, partition, offsets, touched, buckets, flying, grads })
     }
 
     /// The stage.
@@ -100,40 +111,84 @@ impl Zero {
             .collect()
     }
 
+    /// Where the gradient of the parameter of `len` elements at `offset` is accumulated until it
+    /// is complete, and whether this is the first use: the values are then old, to be overwritten.
+    ///
+    /// # Errors
+    /// [`Error::Gradient`] when there is no such parameter or its bucket is in flight.
+    pub fn gradient(&mut self, offset: usize, len: usize) -> Result<(&mut [f32], bool)> {
+        let refuse = |reason| Error::Gradient { offset, len, reason };
+        let Ok(parameter) = self.offsets.binary_search(&offset) else {
+            return Err(refuse("is not where a parameter starts"));
+        };
+        let end = self.offsets.get(parameter + 1).copied().unwrap_or(self.len);
+        if offset + len != end {
+            return Err(refuse("is not as long as its parameter"));
+        }
+        let i = self.partition.bucket_of(offset).ok_or_else(|| refuse("lies beyond the end"))?;
+        if self.flying.iter().any(|f| f.bucket() == i) {
+            return Err(refuse("comes after its bucket was sent; finish the microbatch first"));
+        }
+        let bucket = &self.partition.buckets()[i];
+        let buffer = self.buckets[i].buffer.get_or_insert_with(|| vec![0.0; bucket.padded]);
+        let at = offset - bucket.range.start;
+        let first = !std::mem::replace(&mut self.touched[parameter], true);
+        Ok((&mut buffer[at..at + len], first))
+    }
+
     /// The gradient of the parameter at `offset` is complete on this rank. The last one of a
     /// bucket starts its reduction. Every rank must report its buckets in the same order.
     ///
     /// # Errors
-    /// [`Error::Gradient`] when it does not lie within one bucket.
-    pub fn ready(&mut self, offset: usize, grad: &[f32]) -> Result<()> {
-        if grad.is_empty() {
-            return Ok(());
-        }
-        let refuse = |reason| Error::Gradient { offset, len: grad.len(), reason };
-        let i = self.partition.bucket_of(offset).ok_or_else(|| refuse("lies beyond the end"))?;
-        let bucket = &self.partition.buckets()[i];
-        let at = offset - bucket.range.start;
-        if at + grad.len() > bucket.range.len() {
-            return Err(refuse("crosses the end of its bucket; report parameters one by one"));
-        }
-        let (buffer, filled) = self.filling[i].get_or_insert_with(|| (vec![0.0; bucket.padded], 0));
-        buffer[at..at + grad.len()].iter_mut().zip(grad).for_each(|(b, g)| *b += g);
-        *filled += 1;
-        if *filled == bucket.segments {
+    /// [`Error::Gradient`] when there is no such parameter.
+    pub fn complete(&mut self, offset: usize) -> Result<()> {
+        let reason = "lies beyond the end";
+        let refused = Error::Gradient { offset, len: 0, reason };
+        let i = self.partition.bucket_of(offset).ok_or(refused)?;
+        self.buckets[i].complete += 1;
+        if self.buckets[i].complete == self.partition.buckets()[i].segments {
             self.launch(i);
         }
         Ok(())
     }
 
+    /// Adds `grad` to the gradient of the parameter at `offset`, which then is complete.
+    ///
+    /// # Errors
+    /// As [`Zero::gradient`].
+    pub fn ready(&mut self, offset: usize, grad: &[f32]) -> Result<()> {
+        if grad.is_empty() {
+            return Ok(());
+        }
+        match self.gradient(offset, grad.len())? {
+            (to, true) => to.copy_from_slice(grad),
+            (to, false) => to.iter_mut().zip(grad).for_each(|(b, g)| *b += g),
+        }
+        self.complete(offset)
+    }
+
     fn launch(&mut self, i: usize) {
-        let Some((buffer, _)) = self.filling[i].take() else { return };
-        let part = buffer.len() / self.group.world_size();
+        let (bucket, filling) = (&self.partition.buckets()[i], &mut self.buckets[i]);
+        filling.complete = 0;
+        let mut buffer = filling.buffer.take().unwrap_or_else(|| vec![0.0; bucket.padded]);
+        // What nobody touched counts as zero, and so does the padding.
+        let parameters = self.offsets.partition_point(|o| *o < bucket.range.start)
+            ..self.offsets.partition_point(|o| *o < bucket.range.end);
+        for parameter in parameters {
+            if !std::mem::take(&mut self.touched[parameter]) {
+                let end = self.offsets.get(parameter + 1).copied().unwrap_or(self.len);
+                let own = self.offsets[parameter] - bucket.range.start..end - bucket.range.start;
+                buffer[own].fill(0.0);
+            }
+        }
+        buffer[bucket.range.len()..].fill(0.0);
         self.flying.push(match self.stage {
             Stage::Zero => {
                 Flight::Whole(i, self.group.all_reduce_start::<f32, _>(buffer, ReduceOp::Sum))
             }
             _ => {
-                let output = vec![0.0; part];
+                let part = buffer.len() / self.group.world_size();
+                let output = filling.piece.take().unwrap_or_else(|| vec![0.0; part]);
                 let pending =
                     self.group.reduce_scatter_start::<f32, _, _>(buffer, output, ReduceOp::Sum);
                 Flight::Scattered(i, pending)
@@ -144,23 +199,32 @@ impl Zero {
     /// Ends a microbatch (stage 2) or a step: sends what is left, a parameter that was not
     /// reported counting as zero, and waits for everything. Gradients add up until
     /// [`Zero::clear`].
+    ///
+    /// # Errors
+    /// [`Error::Comm`] when a reduction failed.
     pub fn finish(&mut self) -> Result<()> {
         // Ranks agree on the order: all buckets that some rank may not have sent, in flat order.
-        for i in 0..self.filling.len() {
-            let sent = self.flying.iter().any(|f| f.bucket() == i);
-            if !sent {
-                let padded = self.partition.buckets()[i].padded;
-                self.filling[i].get_or_insert_with(|| (vec![0.0; padded], 0));
+        for i in 0..self.buckets.len() {
+            if !self.flying.iter().any(|f| f.bucket() == i) {
                 self.launch(i);
             }
         }
         for flight in std::mem::take(&mut self.flying) {
             let (i, reduced) = match flight {
                 Flight::Whole(i, pending) => (i, pending.wait()?),
-                Flight::Scattered(i, pending) => (i, pending.wait()?.1),
+                Flight::Scattered(i, pending) => {
+                    let (sent, reduced) = pending.wait()?;
+                    self.buckets[i].buffer = Some(sent);
+                    (i, reduced)
+                }
             };
-            let grad = &mut self.grads[i];
-            grad.iter_mut().zip(&reduced).for_each(|(g, r)| *g += r);
+            match &mut self.grads[i] {
+                Some(grad) => {
+                    grad.iter_mut().zip(&reduced).for_each(|(g, r)| *g += r);
+                    self.buckets[i].keep(self.stage, reduced);
+                }
+                none => *none = Some(reduced),
+            }
         }
         Ok(())
     }
@@ -168,14 +232,20 @@ impl Zero {
     /// Hands out this rank's pieces of the flat vector with their reduced gradients, in the order
     /// of [`Zero::shard_ranges`].
     pub fn step(&mut self, mut update: impl FnMut(Range<usize>, &[f32])) {
-        for (range, grad) in self.shard_ranges().into_iter().zip(&self.grads) {
-            update(range, grad);
+        for (range, grad) in self.shard_ranges().into_iter().zip(&mut self.grads) {
+            let grad = grad.get_or_insert_with(|| vec![0.0; range.len()]);
+            let own = ..range.len();
+            update(range, &grad[own]);
         }
     }
 
     /// Sets the gradients to zero: a new step begins.
     pub fn clear(&mut self) {
-        self.grads.iter_mut().for_each(|g| g.fill(0.0));
+        for (bucket, grad) in self.buckets.iter_mut().zip(&mut self.grads) {
+            if let Some(grad) = grad.take() {
+                bucket.keep(self.stage, grad);
+            }
+        }
     }
 
     /// After every rank has updated its pieces of `flat`: everybody gets all of them.
@@ -200,6 +270,16 @@ impl Zero {
             flat[bucket.range.clone()].copy_from_slice(&all[..bucket.range.len()]);
         }
         Ok(())
+    }
+}
+
+impl Filling {
+    /// Keeps a buffer that came back for the next time.
+    fn keep(&mut self, stage: Stage, buffer: Vec<f32>) {
+        match stage {
+            Stage::Zero => self.buffer.get_or_insert(buffer),
+            _ => self.piece.get_or_insert(buffer),
+        };
     }
 }
 

@@ -1,6 +1,6 @@
 //! The trainer: forward, backward with gradients reduced on the way, clip, AdamW, gather.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -218,7 +218,7 @@ impl Trainer {
         let start = Instant::now();
         let sent = self.world_bytes();
         let mut total = 0.0;
-        let mut waiting = HashMap::new();
+        let mut waiting = BTreeSet::new();
         for i in 0..self.plan.microbatches {
             let forward = kernels::profile::phase("forward");
             let term = loss(&self.model, i)?;
@@ -239,11 +239,8 @@ impl Trainer {
             }
         }
         // What no loss reached in the last microbatch but in an earlier one is sent now.
-        let mut rest: Vec<(ParamId, Buffer)> = waiting.drain().collect();
-        rest.sort_by_key(|(id, _)| *id);
-        for (id, grad) in rest {
-            let slot = &self.slots[self.by_id[&id]];
-            send(slot, grad, &mut self.zero)?;
+        for i in waiting {
+            send(&self.slots[i], &mut self.zero)?;
         }
         self.zero.finish().map_err(zero_error)?;
         let (norm, lr) = self.update(total)?;
@@ -412,21 +409,32 @@ fn overlapping<'a>(slots: &'a [Slot], range: &Range<usize>) -> impl Iterator<Ite
     slots[first..].iter().take_while(move |s| s.range.start < end)
 }
 
-/// Hands gradients to ZeRO the moment they are complete.
+/// Accumulates gradients where ZeRO sends them from, the moment they are complete.
 struct Sink<'a> {
     trainer_slots: &'a [Slot],
     by_id: &'a HashMap<ParamId, usize>,
     zero: &'a mut Zero,
     stage: Stage,
     last: bool,
-    waiting: &'a mut HashMap<ParamId, Buffer>,
+    /// Slots whose gradient is not complete yet.
+    waiting: &'a mut BTreeSet<usize>,
 }
 
 impl GradSink for Sink<'_> {
     fn accumulate(&mut self, param: &Arc<Param>, add: &mut dyn FnMut(&mut [f32])) -> Result<()> {
-        let grad =
-            self.waiting.entry(param.id()).or_insert_with(|| Buffer::zeros::<f32>(param.len()));
-        add(grad.as_mut_slice());
+        let slot = self.by_id[&param.id()];
+        if param.is_empty() {
+            return Ok(());
+        }
+        self.waiting.insert(slot);
+        let (grad, first) = self
+            .zero
+            .gradient(self.trainer_slots[slot].range.start, param.len())
+            .map_err(zero_error)?;
+        if first {
+            kernels::fill(grad, 0.0);
+        }
+        add(grad);
         Ok(())
     }
 
@@ -435,20 +443,22 @@ impl GradSink for Sink<'_> {
         if !self.last && self.stage != Stage::Two {
             return Ok(());
         }
-        match self.waiting.remove(&param.id()) {
-            Some(grad) => send(&self.trainer_slots[self.by_id[&param.id()]], grad, self.zero),
-            None => Ok(()),
+        let slot = self.by_id[&param.id()];
+        match self.waiting.remove(&slot) {
+            true => send(&self.trainer_slots[slot], self.zero),
+            false => Ok(()),
         }
     }
 }
 
 /// The one gradient rule: what is partial is reduced. `dp` is ZeRO's, other axes are done here.
-fn send(slot: &Slot, mut grad: Buffer, zero: &mut Zero) -> Result<()> {
+fn send(slot: &Slot, zero: &mut Zero) -> Result<()> {
     for axis in &slot.pending {
         let group = slot.param.scope().mesh().group(axis).map_err(comm)?;
-        group.all_reduce(grad.as_mut_slice::<f32>(), colossal_comm::ReduceOp::Sum).map_err(comm)?;
+        let (grad, _) = zero.gradient(slot.range.start, slot.range.len()).map_err(zero_error)?;
+        group.all_reduce(grad, colossal_comm::ReduceOp::Sum).map_err(comm)?;
     }
-    zero.ready(slot.range.start, grad.as_slice()).map_err(zero_error)
+    zero.complete(slot.range.start).map_err(zero_error)
 }
 
 fn comm(error: colossal_comm::Error) -> Error {
