@@ -25,8 +25,9 @@ pub struct Tokens {
     pub cache: Option<(Mutex<KvCache>, Vec<i32>)>,
     /// The head reads only this position of each sequence.
     pub head_at: Option<Vec<usize>>,
-    /// Training with dropout: the stream of this step. `None` turns dropout off.
-    pub dropout: Option<Stream>,
+    /// Training with dropout: the stream of this step, and where the first sequence (of all ranks)
+    /// lies in the step's batch. `None` turns dropout off.
+    pub dropout: Option<(Stream, usize)>,
 }
 
 impl Tokens {

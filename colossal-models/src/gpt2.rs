@@ -180,7 +180,7 @@ impl Layer<Tokens> for Final {
 
 fn drop_out(tokens: &Tokens, x: Tensor, p: f32, place: usize) -> Result<Tensor> {
     match tokens.dropout {
-        Some(stream) if p > 0.0 => x.dropout(p, stream.child(place as u64)),
+        Some((stream, row)) if p > 0.0 => x.dropout(p, stream.child(place as u64), row),
         _ => Ok(x),
     }
 }

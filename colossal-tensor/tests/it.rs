@@ -79,7 +79,7 @@ fn every_op_by_finite_differences() {
     gradients("narrow, reshape", &[&[4, 6]], &|x| x[0].narrow(1..3)?.reshape(&[3, 4]));
     gradients("rope", &[&[2, 3, 2, 4]], &|x| x[0].rope(&positions, &table));
     gradients("cross_entropy", &[&[2, 2, 5]], &|x| x[0].scale(1.0)?.cross_entropy(&targets));
-    gradients("dropout", &[&[40]], &|x| x[0].dropout(0.3, random::Stream::new(1, 1)));
+    gradients("dropout", &[&[40]], &|x| x[0].dropout(0.3, random::Stream::new(1, 1), 0));
     gradients("attention", &[&[2, 5, 4, 3], &[2, 5, 2, 3], &[2, 5, 2, 3]], &|x| {
         x[0].attention(&x[1], &x[2], &AttentionMask::causal())
     });

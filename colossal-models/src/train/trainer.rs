@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use colossal_kernels as kernels;
+use colossal_tensor::random::Stream;
 use colossal_tensor::storage::{Buffer, memory_stats};
 use colossal_tensor::{
     Dtype, Error, Flat, GradSink, Group, Param, ParamId, Placement, Result, Tensor,
@@ -202,7 +203,8 @@ impl Trainer {
         let number = self.step;
         self.train(batch.ids.len(), batch.seq, |model, i| {
             let own = batch.part(i * parts + part, micro * parts)?;
-            let loss = lm_loss(model, &own, Some(dropout_stream(seed, number, i)))?;
+            let first_row = i * parts * own.len();
+            let loss = lm_loss(model, &own, Some((dropout_stream(seed, number), first_row)))?;
             loss.scale(1.0 / count as f32)
         })
     }
@@ -365,10 +367,11 @@ impl Trainer {
 }
 
 /// The summed loss of this rank's sequences; what a plan cuts them into is filled up with padding.
+/// `dropout` is as in [`Tokens::dropout`].
 pub fn lm_loss(
     model: &CausalLm,
     batch: &Batch,
-    dropout: Option<colossal_tensor::random::Stream>,
+    dropout: Option<(Stream, usize)>,
 ) -> Result<Tensor> {
     let multiple = model.scope().sequence_multiple();
     let batch = &batch.padded_to(batch.seq.next_multiple_of(multiple));
@@ -378,8 +381,8 @@ pub fn lm_loss(
     model.forward(tokens)?.cross_entropy(&targets)?.sum()
 }
 
-fn dropout_stream(seed: u64, step: u64, micro: usize) -> colossal_tensor::random::Stream {
-    colossal_tensor::random::Stream::named(seed, "dropout").child(step).child(micro as u64)
+fn dropout_stream(seed: u64, step: u64) -> Stream {
+    Stream::named(seed, "dropout").child(step)
 }
 
 impl Slot {

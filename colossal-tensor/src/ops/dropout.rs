@@ -13,9 +13,12 @@ use crate::tensor::Tensor;
 impl Tensor {
     /// Zeroes each element with probability `p` and scales the others by `1 / (1 - p)`.
     ///
+    /// `first_row` is where this tensor's first row (of its outermost dim, over all ranks) lies in
+    /// a larger one that is computed in parts: a microbatch's place in its batch, 0 for a whole.
+    ///
     /// # Errors
     /// Unless `0 <= p < 1`; [`Error::Layout`] for a pending sum.
-    pub fn dropout(&self, p: f32, stream: Stream) -> Result<Tensor> {
+    pub fn dropout(&self, p: f32, stream: Stream, first_row: usize) -> Result<Tensor> {
         if !(0.0..1.0).contains(&p) {
             return Err(Error::Other(format!("dropout: p must be in [0, 1), not {p}")));
         }
@@ -26,18 +29,25 @@ impl Tensor {
         let layout = crate::propagate::propagate(op, &[self], crate::propagate::elementwise)?;
         // Positions follow the forward layout: in backward a Replicate has become a Partial.
         let placed = self.layout();
-        let y = mask(self, p, stream, placed, layout)?;
+        let y = mask(self, p, (stream, first_row), placed, layout)?;
         Ok(record(op, y, &[self], move |dy, back| {
-            back.give(0, mask(&dy, p, stream, placed, dy.layout())?)
+            back.give(0, mask(&dy, p, (stream, first_row), placed, dy.layout())?)
         }))
     }
 }
 
-fn mask(x: &Tensor, p: f32, stream: Stream, placed: Layout, layout: Layout) -> Result<Tensor> {
+fn mask(
+    x: &Tensor,
+    p: f32,
+    (stream, first_row): (Stream, usize),
+    placed: Layout,
+    layout: Layout,
+) -> Result<Tensor> {
     let scope = x.scope();
     // Global size and this rank's first index, per dim.
     let mut global = x.shape().to_vec();
-    let first = x.origin_under(placed);
+    let mut first = x.origin_under(placed);
+    first[0] += first_row;
     for axis in scope.wide_axes() {
         if let Placement::Shard(dim) = placed[axis] {
             global[dim] *= scope.axis(axis).1;
