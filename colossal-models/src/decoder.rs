@@ -185,7 +185,11 @@ pub struct CausalLm {
 impl CausalLm {
     /// A model with fresh weights.
     pub fn new(scope: &Scope, config: &DecoderConfig, seed: u64, dtype: Dtype) -> Result<CausalLm> {
-        let params = Params::new(scope, seed, dtype);
+        CausalLm::of(Params::new(scope, seed, dtype), config)
+    }
+
+    /// A model of these parameters.
+    pub(crate) fn of(params: Params, config: &DecoderConfig) -> Result<CausalLm> {
         let stack = Stack::build::<Decoder>(&params, config)?;
         Ok(CausalLm { config: config.clone(), stack, params })
     }

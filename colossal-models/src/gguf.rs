@@ -4,8 +4,8 @@
 //! descriptions with dims innermost first; aligned data. Types read: F32, F16, BF16, Q8_0, Q4_0,
 //! Q4_1 (blocks of 32 values), Q6_K (blocks of 256).
 //!
-//! LLaMA files have llama.cpp's names, and interleave the two halves of every head of q and k:
-//! [`Gguf`] gives them under Hugging Face names and in Hugging Face order.
+//! LLaMA and GPT-2 files have llama.cpp's names; LLaMA's interleave the two halves of every head of
+//! q and k: [`Gguf`] gives tensors under Hugging Face names and in Hugging Face order.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,6 +18,7 @@ use colossal_tensor::{Error, Result};
 use half::{bf16, f16};
 
 use crate::decoder::{DecoderConfig, Head};
+use crate::gpt2::Gpt2Config;
 use crate::hf::Weights;
 use crate::llama::LlamaConfig;
 
@@ -199,17 +200,28 @@ impl Gguf {
             }
             info.offset += data;
         }
-        let config = config(&metadata, &infos).map_err(fail)?;
+        let mut factors = vec![];
+        if let Some(info) = infos.remove("rope_freqs.weight") {
+            let (values, size) = info.kind.block();
+            let len = info.shape.iter().product::<usize>() / values * size;
+            let bytes = read_at(&file, info.offset, len).map_err(|e| fail(e.to_string()))?;
+            bytes.chunks_exact(size).for_each(|block| info.kind.read(block, &mut factors));
+        }
+        let config = config(&metadata, &infos, &factors).map_err(fail)?;
         let mut tensors = BTreeMap::new();
         for (name, mut info) in infos {
-            let key = hf_name(&name)
-                .ok_or_else(|| fail(format!("tensor {name} is none of a llama model")))?;
+            let family = family(&metadata);
+            let key = hf_name(family, &name)
+                .ok_or_else(|| fail(format!("tensor {name} is none of a {family} model")))?;
             if let DecoderConfig::Llama(c) = &config {
                 info.heads = match () {
                     () if key.contains("q_proj") => c.num_attention_heads,
                     () if key.contains("k_proj") => c.num_key_value_heads,
                     () => 0,
                 };
+                if info.shape.len() == 1 && info.heads > 0 && info.kind.block().0 > 1 {
+                    return Err(fail(format!("tensor {name} is a bias in blocks; expected F32")));
+                }
                 if info.heads > 0 && !info.shape[0].is_multiple_of(2 * info.heads) {
                     return Err(fail(format!(
                         "tensor {name} has {} rows, which {} heads do not divide",
@@ -231,18 +243,13 @@ impl Gguf {
     pub fn metadata(&self) -> &BTreeMap<String, Value> {
         &self.metadata
     }
+}
 
-    /// One row of the innermost dim, as it lies in the file.
-    fn row(&self, info: &Info, row: usize, bytes: &mut Vec<u8>) -> Result<()> {
-        let (values, size) = info.kind.block();
-        let len = info.shape.last().copied().unwrap_or(1) / values * size;
-        bytes.resize(len, 0);
-        let fail =
-            |e: &dyn std::fmt::Display| Error::File { path: self.origin(), reason: e.to_string() };
-        let mut file = self.file.lock().map_err(|e| fail(&e))?;
-        file.seek(SeekFrom::Start(info.offset + (row * len) as u64)).map_err(|e| fail(&e))?;
-        file.read_exact(bytes).map_err(|e| fail(&e))
-    }
+fn read_at(mut file: &File, at: u64, len: usize) -> std::io::Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    file.seek(SeekFrom::Start(at))?;
+    file.read_exact(&mut bytes)?;
+    Ok(bytes)
 }
 
 impl Weights for Gguf {
@@ -251,34 +258,34 @@ impl Weights for Gguf {
     }
 
     fn read(&self, name: &str, start: usize, len: usize, out: &mut Vec<f32>) -> Result<()> {
-        let Some(info) = self.tensors.get(name) else {
-            return Err(Error::File { path: self.origin(), reason: format!("no tensor {name}") });
+        let fail = |reason: String| Error::File { path: self.origin(), reason };
+        let info = self.tensors.get(name).ok_or_else(|| fail(format!("no tensor {name}")))?;
+        // A bias of q or k is a column: its elements are what rows are to a matrix.
+        let width = match (info.shape.len(), info.heads) {
+            (1, 1..) => 1,
+            _ => info.shape.last().copied().unwrap_or(1).max(1),
         };
         let (values, size) = info.kind.block();
-        // A vector of q or k is a column: its elements are what rows are to a matrix.
-        let width = if info.shape.len() == 1 && info.heads > 0 {
-            1
-        } else {
-            info.shape.last().copied().unwrap_or(1)
-        };
-        let rows = info.shape.iter().product::<usize>() / width.max(1);
-        let (mut bytes, mut whole) = (Vec::new(), Vec::new());
-        let mut at = start;
-        while at < start + len {
-            let row = at / width;
-            let stored = match rows.checked_div(info.heads) {
-                Some(head) => interleaved(row, head),
-                None => row,
-            };
-            let (file_row, within) =
-                if info.shape.len() == 1 { (0, stored * width) } else { (stored, 0) };
-            self.row(info, file_row, &mut bytes)?;
-            whole.clear();
-            bytes.chunks_exact(size).for_each(|block| info.kind.read(block, &mut whole));
-            debug_assert!(whole.len().is_multiple_of(values));
-            let end = ((row + 1) * width).min(start + len);
-            out.extend_from_slice(&whole[within + at - row * width..within + end - row * width]);
-            at = end;
+        // Whole rows; with heads, the whole heads that they lie in.
+        let rows = info.shape.iter().product::<usize>() / width;
+        let head = rows.checked_div(info.heads).unwrap_or(1);
+        let wanted = start / width..(start + len).div_ceil(width);
+        let read = wanted.start / head * head..wanted.end.next_multiple_of(head).min(rows);
+        let row_bytes = width / values * size;
+        let at = info.offset + (read.start * row_bytes) as u64;
+        let file = self.file.lock().map_err(|e| fail(e.to_string()))?;
+        let bytes = read_at(&file, at, read.len() * row_bytes).map_err(|e| fail(e.to_string()))?;
+        drop(file);
+        out.reserve(len);
+        let mut row = Vec::with_capacity(width);
+        for i in wanted {
+            let stored = if info.heads > 0 { interleaved(i, head) } else { i } - read.start;
+            let stored = &bytes[stored * row_bytes..(stored + 1) * row_bytes];
+            row.clear();
+            stored.chunks_exact(size).for_each(|block| info.kind.read(block, &mut row));
+            let from = start.max(i * width) - i * width;
+            let to = (start + len).min((i + 1) * width) - i * width;
+            out.extend_from_slice(&row[from..to]);
         }
         Ok(())
     }
@@ -290,6 +297,11 @@ impl Weights for Gguf {
     fn origin(&self) -> String {
         self.path.display().to_string()
     }
+
+    /// llama.cpp's converter turns GPT-2's `[in, out]` matrices round.
+    fn stores_in_out(&self) -> bool {
+        false
+    }
 }
 
 /// Where a GGUF file keeps row `row` of q or k: Hugging Face pairs `j` with `j + size / 2`,
@@ -300,65 +312,104 @@ fn interleaved(row: usize, head: usize) -> usize {
     h * head + 2 * j + side
 }
 
-fn hf_name(name: &str) -> Option<String> {
-    Some(match name {
-        "token_embd.weight" => "model.embed_tokens.weight".into(),
-        "output_norm.weight" => "model.norm.weight".into(),
-        "output.weight" => "lm_head.weight".into(),
-        _ => {
-            let (block, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-            let (part, kind) = rest.rsplit_once('.')?;
-            let part = match part {
-                "attn_norm" => "input_layernorm",
-                "ffn_norm" => "post_attention_layernorm",
-                "attn_q" => "self_attn.q_proj",
-                "attn_k" => "self_attn.k_proj",
-                "attn_v" => "self_attn.v_proj",
-                "attn_output" => "self_attn.o_proj",
-                "ffn_gate" => "mlp.gate_proj",
-                "ffn_up" => "mlp.up_proj",
-                "ffn_down" => "mlp.down_proj",
-                _ => return None,
-            };
-            format!("model.layers.{block}.{part}.{kind}")
-        }
-    })
+/// Our families: llama.cpp's word for each, and Hugging Face's names for its tensors.
+const FAMILIES: [(&str, &[(&str, &str)]); 2] = [
+    (
+        "llama",
+        &[
+            ("token_embd", "model.embed_tokens"),
+            ("output_norm", "model.norm"),
+            ("output", "lm_head"),
+            ("blk", "model.layers"),
+            ("attn_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"),
+            ("attn_q", "self_attn.q_proj"),
+            ("attn_k", "self_attn.k_proj"),
+            ("attn_v", "self_attn.v_proj"),
+            ("attn_output", "self_attn.o_proj"),
+            ("ffn_gate", "mlp.gate_proj"),
+            ("ffn_up", "mlp.up_proj"),
+            ("ffn_down", "mlp.down_proj"),
+        ],
+    ),
+    (
+        "gpt2",
+        &[
+            ("token_embd", "transformer.wte"),
+            ("position_embd", "transformer.wpe"),
+            ("output_norm", "transformer.ln_f"),
+            ("output", "lm_head"),
+            ("blk", "transformer.h"),
+            ("attn_norm", "ln_1"),
+            ("attn_qkv", "attn.c_attn"),
+            ("attn_output", "attn.c_proj"),
+            ("ffn_norm", "ln_2"),
+            ("ffn_up", "mlp.c_fc"),
+            ("ffn_down", "mlp.c_proj"),
+        ],
+    ),
+];
+
+fn hf_name(family: &str, name: &str) -> Option<String> {
+    let (_, parts) = FAMILIES.iter().find(|(f, _)| *f == family)?;
+    let part = |p: &str| parts.iter().find(|(ours, _)| *ours == p).map(|(_, theirs)| *theirs);
+    let (stem, kind) = name.rsplit_once('.')?;
+    let Some(block) = stem.strip_prefix("blk.") else {
+        return Some(format!("{}.{kind}", part(stem)?));
+    };
+    let (block, inner) = block.split_once('.')?;
+    Some(format!("{}.{block}.{}.{kind}", part("blk")?, part(inner)?))
+}
+
+fn family(metadata: &BTreeMap<String, Value>) -> &str {
+    metadata.get("general.architecture").and_then(Value::text).unwrap_or("none")
 }
 
 fn config(
     metadata: &BTreeMap<String, Value>,
     tensors: &BTreeMap<String, Info>,
+    rope_factors: &[f32],
 ) -> Result<DecoderConfig, String> {
-    let family = metadata.get("general.architecture").and_then(Value::text).unwrap_or("none");
-    if family != "llama" {
+    let family = family(metadata);
+    if !FAMILIES.iter().any(|(f, _)| *f == family) {
+        let known = FAMILIES.map(|(f, _)| f).join(" and ");
         return Err(format!(
-            "general.architecture {family} is not read from GGUF; this build reads llama. Use the \
-             model's Hugging Face folder"
+            "general.architecture {family} is not read from GGUF; {known} are. Use the model's \
+             Hugging Face folder"
         ));
     }
-    if tensors.contains_key("rope_freqs.weight") {
-        return Err(
-            "rope_freqs.weight: LLaMA 3.1's stretched frequencies are not read from GGUF; \
-                    use the model's Hugging Face folder"
-                .into(),
-        );
-    }
-    let get = |key: &str| metadata.get(&format!("llama.{key}"));
+    let get = |key: &str| metadata.get(&format!("{family}.{key}"));
     let number = |key: &str| {
         get(key)
             .and_then(Value::int)
             .filter(|n| *n > 0)
             .map(|n| n as usize)
-            .ok_or_else(|| format!("llama.{key} is missing or no positive number"))
+            .ok_or_else(|| format!("{family}.{key} is missing or no positive number"))
     };
+    let float = |key: &str, default: f64| get(key).and_then(Value::float).unwrap_or(default);
     let (hidden, heads) = (number("embedding_length")?, number("attention.head_count")?);
+    let vocab = tensors.get("token_embd.weight").ok_or("token_embd.weight is missing")?.shape[0];
+    if family == "gpt2" {
+        return Ok(DecoderConfig::Gpt2(Gpt2Config {
+            vocab_size: vocab,
+            n_positions: number("context_length")?,
+            n_embd: hidden,
+            n_layer: number("block_count")?,
+            n_head: heads,
+            n_inner: number("feed_forward_length").unwrap_or(4 * hidden),
+            layer_norm_epsilon: float("attention.layer_norm_epsilon", 1e-5) as f32,
+            resid_pdrop: 0.0,
+            head: Head::Lm,
+        }));
+    }
     let kv = get("attention.head_count_kv").and_then(Value::int).unwrap_or(heads as i64);
     if kv <= 0 || !heads.is_multiple_of(kv as usize) {
         return Err(format!("{heads} heads are no multiple of {kv} key/value heads"));
     }
-    let vocab = tensors.get("token_embd.weight").ok_or("token_embd.weight is missing")?.shape[0];
-    let float = |key: &str, default: f64| get(key).and_then(Value::float).unwrap_or(default);
+    let head_dim = number("rope.dimension_count").unwrap_or(hidden / heads);
+    let rope_theta = float("rope.freq_base", 10_000.0);
     let rope_scaling = match get("rope.scaling.type").and_then(Value::text) {
+        _ if !rope_factors.is_empty() => llama3(rope_factors, head_dim, rope_theta)?,
         None | Some("none") => RopeScaling::None,
         Some("linear") => RopeScaling::Linear { factor: float("rope.scaling.factor", 1.0) },
         Some(other) => return Err(format!("llama.rope.scaling.type {other} is not read")),
@@ -370,16 +421,37 @@ fn config(
         num_hidden_layers: number("block_count")?,
         num_attention_heads: heads,
         num_key_value_heads: kv as usize,
-        head_dim: number("rope.dimension_count").unwrap_or(hidden / heads),
+        head_dim,
         max_position_embeddings: number("context_length")?,
         rms_norm_eps: float("attention.layer_norm_rms_epsilon", 1e-5) as f32,
-        rope_theta: float("rope.freq_base", 10_000.0),
+        rope_theta,
         rope_scaling,
         tie_word_embeddings: !tensors.contains_key("output.weight"),
         attention_bias: tensors.contains_key("blk.0.attn_q.bias"),
         mlp_bias: tensors.contains_key("blk.0.ffn_up.bias"),
         head: Head::Lm,
     }))
+}
+
+/// LLaMA 3.1's scaling from what GGUF keeps of it: what each frequency is divided by. All
+/// published models of the family ramp between the same two wavelengths; a file whose factors do
+/// not is refused.
+fn llama3(factors: &[f32], head_dim: usize, theta: f64) -> Result<RopeScaling, String> {
+    let factor = factors.iter().copied().fold(1.0f32, f32::max);
+    let scaling =
+        RopeScaling::Llama3 { factor: factor.into(), low: 1.0, high: 4.0, original: 8192.0 };
+    let same = factors.len() == head_dim / 2
+        && factors.iter().enumerate().all(|(i, f)| {
+            let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
+            let divided = frequency / scaling.apply(frequency);
+            (divided - f64::from(*f)).abs() <= 1e-4 * divided
+        });
+    match same {
+        true => Ok(scaling),
+        false => Err("rope_freqs.weight stretches frequencies unlike LLaMA 3.1 (low 1, high 4, \
+                      original 8192); use the model's Hugging Face folder"
+            .into()),
+    }
 }
 
 /// Metadata, and tensors under their names in the file.

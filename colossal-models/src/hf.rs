@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use colossal_tensor::nn::RopeScaling;
 use colossal_tensor::safetensors::{Archive, Entry, Owned, save as save_safetensors, write_atomic};
-use colossal_tensor::{Dtype, Error, Param, Placement, Result, Scope, no_grad};
+use colossal_tensor::{Dtype, Error, Param, Params, Placement, Result, Scope, no_grad};
 use serde_json::{Value, json};
 
 use crate::decoder::{CausalLm, DecoderConfig, Head};
@@ -30,13 +30,14 @@ pub fn load(path: &Path, scope: &Scope, dtype: Dtype, head: Option<Head>) -> Res
     };
     if path.is_file() {
         let gguf = Gguf::open(path)?;
-        let model = CausalLm::new(scope, &with_head(gguf.config().clone()), 0, dtype)?;
+        let config = with_head(gguf.config().clone());
+        let model = CausalLm::of(Params::blank(scope, 0, dtype), &config)?;
         fill(&model, &gguf)?;
         return Ok(model);
     }
     let config = with_head(read_config(&path.join("config.json"))?);
     let archive = Archive::open(&files_of(path)?)?;
-    let model = CausalLm::new(scope, &config, 0, dtype)?;
+    let model = CausalLm::of(Params::blank(scope, 0, dtype), &config)?;
     fill(&model, &Files { archive: &archive })?;
     Ok(model)
 }
@@ -51,6 +52,10 @@ pub trait Weights {
     fn names(&self) -> Vec<String>;
     /// For messages.
     fn origin(&self) -> String;
+    /// Are GPT-2's matrices stored as `[in, out]`, as Hugging Face's files have them?
+    fn stores_in_out(&self) -> bool {
+        true
+    }
 }
 
 struct Files<'a> {
@@ -89,9 +94,11 @@ impl Weights for Files<'_> {
 pub fn fill(model: &CausalLm, weights: &impl Weights) -> Result<()> {
     let mut used = BTreeSet::new();
     for param in model.params.all() {
-        let source = source(param.name(), &model.config);
+        let mut source = source(param.name(), &model.config);
+        source.transposed &= weights.stores_in_out();
         let Some(shape) = weights.shape(&source.key) else {
             if source.key == "score.weight" {
+                param.draw(0)?;
                 continue;
             }
             return Err(Error::File {
@@ -144,7 +151,7 @@ pub struct Source {
     pub key: String,
     /// Stored as `[in, out]`.
     transposed: bool,
-    /// One of three equal column blocks of a fused matrix.
+    /// One of three equal parts of a fused tensor: columns if `transposed`, else rows.
     third: Option<usize>,
 }
 
@@ -177,7 +184,8 @@ impl Source {
             shape.reverse();
         }
         if self.third.is_some() {
-            *shape.last_mut().expect("a fused tensor has a dim") *= 3;
+            let fused = if self.transposed { shape.len() - 1 } else { 0 };
+            shape[fused] *= 3;
         }
         shape
     }
@@ -185,8 +193,8 @@ impl Source {
     fn read(&self, param: &Param, stored: &[usize], weights: &impl Weights) -> Result<Vec<f32>> {
         let mut out = Vec::with_capacity(param.len());
         if !self.transposed {
-            // A fused bias is three vectors end to end.
-            let skip = self.third.map_or(0, |i| i * stored[0] / 3);
+            // A fused tensor is three of these end to end.
+            let skip = self.third.map_or(0, |i| i * stored.iter().product::<usize>() / 3);
             let mut result = Ok(());
             param.for_each_run(|start, len| {
                 if result.is_ok() {

@@ -32,6 +32,7 @@ pub struct Param {
     shape: Vec<usize>,
     layout: Layout,
     dtype: Dtype,
+    init: Init,
     trainable: AtomicBool,
     payload: RwLock<(Arc<dyn Store>, Range<usize>)>,
 }
@@ -112,6 +113,11 @@ impl Param {
     pub fn rebind(&self, store: Arc<dyn Store>, at: Range<usize>) {
         debug_assert_eq!(at.len(), self.len() * self.dtype.bytes());
         *self.payload.write() = (store, at);
+    }
+
+    /// Draws the local part anew, as the parameter starts in a model of this seed.
+    pub fn draw(&self, seed: u64) -> Result<()> {
+        self.set(&initial(self, seed, self.init))
     }
 
     /// Overwrites the local part with `values`, converted to the parameter's dtype.
@@ -312,6 +318,7 @@ pub struct Params {
     scope: Scope,
     seed: u64,
     dtype: Dtype,
+    drawn: bool,
     prefix: String,
     made: Arc<Mutex<Vec<Arc<Param>>>>,
 }
@@ -319,7 +326,13 @@ pub struct Params {
 impl Params {
     /// Parameters on this scope, drawn from this seed, held in this dtype.
     pub fn new(scope: &Scope, seed: u64, dtype: Dtype) -> Params {
-        Params { scope: scope.clone(), seed, dtype, prefix: String::new(), made: Arc::default() }
+        let (scope, prefix, made) = (scope.clone(), String::new(), Arc::default());
+        Params { scope, seed, dtype, drawn: true, prefix, made }
+    }
+
+    /// The same without values, for weights that are read from elsewhere: [`Param::set`] each.
+    pub fn blank(scope: &Scope, seed: u64, dtype: Dtype) -> Params {
+        Params { drawn: false, ..Params::new(scope, seed, dtype) }
     }
 
     /// The same builder below a name: `at("layers").at(3)` names `layers.3.…`.
@@ -383,11 +396,12 @@ impl Params {
             shape,
             layout,
             dtype: self.dtype,
+            init,
             trainable: AtomicBool::new(true),
             payload: RwLock::new((flat, 0..len * self.dtype.bytes())),
         });
-        if !self.scope.is_fake() {
-            param.set(&initial(&param, self.seed, init))?;
+        if self.drawn && !self.scope.is_fake() {
+            param.draw(self.seed)?;
         }
         self.made.lock().push(param.clone());
         Ok(param)

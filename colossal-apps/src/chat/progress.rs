@@ -1,4 +1,5 @@
-//! What a run tells while it goes on: a bar on the screen, a line a step in `metrics.jsonl`.
+//! What a run tells while it goes on: a bar on the screen (where there is none, a line now and
+//! then), a line a step in `metrics.jsonl`.
 
 use std::fs::File;
 use std::io::Write;
@@ -26,6 +27,7 @@ pub struct Point {
 pub struct Progress {
     log: Option<File>,
     bar: ProgressBar,
+    every: u64,
     /// All numbers so far.
     pub points: Vec<Point>,
 }
@@ -35,7 +37,8 @@ impl Progress {
     ///
     /// `resumed` runs add to the log, and know the numbers it has, instead of beginning a new one.
     pub fn open(folder: &Path, show: bool, resumed: bool) -> Result<Progress> {
-        let mut progress = Progress { log: None, bar: ProgressBar::hidden(), points: vec![] };
+        let mut progress =
+            Progress { log: None, bar: ProgressBar::hidden(), every: 1, points: vec![] };
         if !show {
             return Ok(progress);
         }
@@ -60,6 +63,8 @@ impl Progress {
                 self.bar.set_style(style);
             }
             self.bar.set_prefix(name.to_string());
+            // Never less than ten lines a stage, never more than a line a step.
+            self.every = (steps / 10).max(1);
         }
     }
 
@@ -79,6 +84,10 @@ impl Progress {
         self.bar.set_position(step);
         let shown: Vec<String> =
             numbers.iter().take(3).map(|(n, v)| format!("{} {v:.3}", short(n))).collect();
+        if self.bar.is_hidden() && step.is_multiple_of(self.every) {
+            let all = self.bar.length().unwrap_or(step);
+            eprintln!("{stage:>8} {step}/{all}  {}", shown.join("  "));
+        }
         self.bar.set_message(shown.join("  "));
     }
 

@@ -3,26 +3,50 @@
 use std::path::{Path, PathBuf};
 
 use colossal_models::generate::{Sampling, generate};
-use colossal_models::{Dtype, Scope, Tokens, hf, no_grad};
+use colossal_models::gguf::Gguf;
+use colossal_models::{DecoderConfig, Dtype, Scope, Tokens, hf, no_grad};
+use colossal_tensor::nn::RopeScaling;
 use colossal_tensor::safetensors::Archive;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).into()
 }
 
-#[test]
-fn every_type_is_dequantised_and_heads_are_put_in_order() {
-    let folder = root().join("tests/goldens/gguf");
-    let golden = Archive::open(&[folder.join("golden.safetensors")]).unwrap();
+/// The logits of a GGUF file against transformers'.
+fn compare(file: &Path, golden: &Path) {
+    let golden = Archive::open(&[golden.into()]).unwrap();
     let ids = golden.get("ids").unwrap().to_ints().unwrap();
     let ids: Vec<i32> = ids.into_iter().map(|i| i as i32).collect();
-    let model = hf::load(&folder.join("tiny.gguf"), &Scope::solo(), Dtype::F32, None).unwrap();
+    let model = hf::load(file, &Scope::solo(), Dtype::F32, None).unwrap();
     let tokens = Tokens::new(model.scope(), &ids, 9).unwrap();
     let ours = no_grad(|| model.forward(tokens)).unwrap().to_vec().unwrap();
     let theirs = golden.get("logits").unwrap().to_vec().unwrap();
     let largest = theirs.iter().fold(0.0f32, |m, x| m.max(x.abs()));
     let off = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(largest > 0.5 && off <= 2e-5 * largest, "{off} of {largest}");
+    let file = file.display();
+    assert!(largest > 0.5 && off <= 2e-5 * largest, "{file}: {off} of {largest}");
+}
+
+#[test]
+fn gpt2_and_the_stretched_frequencies_of_llama_3_1_are_read() {
+    let folder = root().join("tests/goldens/gguf");
+    for name in ["gpt2", "llama3"] {
+        compare(&folder.join(format!("{name}.gguf")), &folder.join(format!("{name}.safetensors")));
+    }
+    // Nine positions hardly turn by the stretched frequencies: the scaling itself must be right.
+    let DecoderConfig::Llama(config) =
+        Gguf::open(&folder.join("llama3.gguf")).unwrap().config().clone()
+    else {
+        panic!("a llama")
+    };
+    let wanted = RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 8192.0 };
+    assert_eq!(config.rope_scaling, wanted);
+}
+
+#[test]
+fn every_type_is_dequantised_and_heads_are_put_in_order() {
+    let folder = root().join("tests/goldens/gguf");
+    compare(&folder.join("tiny.gguf"), &folder.join("golden.safetensors"));
     // A file that was not fetched whole says so.
     let whole = std::fs::read(folder.join("tiny.gguf")).unwrap();
     let dir = tempfile::tempdir().unwrap();

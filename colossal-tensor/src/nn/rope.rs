@@ -40,7 +40,7 @@ impl Rope {
     /// A table for heads of this size: frequency `i` is `base^(-2i / head_dim)`.
     pub fn new(head_dim: usize, base: f64, positions: usize, scaling: RopeScaling) -> Rope {
         let inverse: Vec<f64> = (0..head_dim / 2)
-            .map(|i| scale(base.powf(-2.0 * i as f64 / head_dim as f64), scaling))
+            .map(|i| scaling.apply(base.powf(-2.0 * i as f64 / head_dim as f64)))
             .collect();
         Rope { table: RopeTable::new(&inverse, positions) }
     }
@@ -51,19 +51,22 @@ impl Rope {
     }
 }
 
-fn scale(frequency: f64, scaling: RopeScaling) -> f64 {
-    match scaling {
-        RopeScaling::None => frequency,
-        RopeScaling::Linear { factor } => frequency / factor,
-        RopeScaling::Llama3 { factor, low, high, original } => {
-            let wavelength = std::f64::consts::TAU / frequency;
-            if wavelength < original / high {
-                frequency
-            } else if wavelength > original / low {
-                frequency / factor
-            } else {
-                let smooth = (original / wavelength - low) / (high - low);
-                (1.0 - smooth) * frequency / factor + smooth * frequency
+impl RopeScaling {
+    /// The frequency (radians per position) that takes the place of this one.
+    pub fn apply(self, frequency: f64) -> f64 {
+        match self {
+            RopeScaling::None => frequency,
+            RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Llama3 { factor, low, high, original } => {
+                let wavelength = std::f64::consts::TAU / frequency;
+                if wavelength < original / high {
+                    frequency
+                } else if wavelength > original / low {
+                    frequency / factor
+                } else {
+                    let smooth = (original / wavelength - low) / (high - low);
+                    (1.0 - smooth) * frequency / factor + smooth * frequency
+                }
             }
         }
     }
