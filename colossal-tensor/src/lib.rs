@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod autograd;
+mod cube;
 pub mod dtype;
 mod error;
 pub mod fake;
@@ -17,6 +18,7 @@ mod redistribute;
 mod ring_attention;
 pub mod safetensors;
 pub mod storage;
+mod summa;
 mod tensor;
 mod ulysses;
 

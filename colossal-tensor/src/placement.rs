@@ -345,7 +345,8 @@ impl Sharding {
             layout[axis] = match role.cut.dim(dims) {
                 Some(dim) if ranks > 1 => {
                     let unit = match dims[dim] {
-                        Dim::KvHeads(_, size) => size,
+                        // The depth of a cube cuts what is stored, not what is computed.
+                        Dim::KvHeads(_, size) if role.cut != Cut::CubeDepth => size,
                         _ => 1,
                     };
                     let units = shape[dim] / unit;

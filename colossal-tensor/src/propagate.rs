@@ -54,10 +54,12 @@ pub(crate) fn bias(last: usize) -> impl Fn(&[Placement]) -> Option<Placement> {
     }
 }
 
-/// Rows of a table `[vocab, embed]` by ids. Ids have no gradient, so `Invariant` and `Replicate`
-/// ids are the same to it.
-pub(crate) fn embedding(p: &[Placement]) -> Option<Placement> {
-    match (p[0], p[1]) {
+/// Rows of a table `[vocab, embed]` by ids of `last` dims. Ids have no gradient, so `Invariant`
+/// and `Replicate` ids are the same to it. Where both are cut it sums block by block.
+pub(crate) fn embedding(last: usize) -> impl Fn(&[Placement]) -> Option<Placement> {
+    move |p| match (p[0], p[1]) {
+        (Invariant | Replicate, Shard(1)) => Some(Shard(last)),
+        (Shard(0), Shard(0)) => Some(Shard(0)),
         (Invariant | Replicate, Shard(0)) => Some(Partial),
         (Shard(d), Replicate) => Some(Shard(d)),
         (Invariant | Replicate, Replicate) => Some(Replicate),
@@ -66,9 +68,10 @@ pub(crate) fn embedding(p: &[Placement]) -> Option<Placement> {
     }
 }
 
-/// A norm over the last dim, which must be whole, with one or more weights of that dim.
+/// A norm over the last dim with weights of that dim; where that is cut, sums are exchanged.
 pub(crate) fn norm(last: usize) -> impl Fn(&[Placement]) -> Option<Placement> {
     move |p| match (p[0], p[1]) {
+        (Shard(d), Shard(0)) if d == last => Some(Shard(d)),
         (Shard(d), Replicate) if d < last => Some(Shard(d)),
         (Replicate, Replicate) => Some(Replicate),
         (Invariant, Invariant) => Some(Invariant),

@@ -81,6 +81,34 @@ impl Tensor {
     }
 }
 
+/// Do the rows of `like` lie along other axes than those of a batch laid out as `from`? On a cube
+/// the axes of rows and of width have traded places after a product.
+pub(crate) fn rows_moved(from: Layout, like: &Tensor) -> bool {
+    moved_rows(from, like).is_some()
+}
+
+/// The axis along which rows lay, and that along which they lie.
+fn moved_rows(from: Layout, like: &Tensor) -> Option<(usize, usize)> {
+    let find = |a: Layout, b: Layout| {
+        like.scope().wide_axes().find(|axis| a[*axis] == Shard(0) && b[*axis] != Shard(0))
+    };
+    find(from, like.layout()).zip(find(like.layout(), from))
+}
+
+/// Entries of a batch as `like` holds them, given as the batch's layout holds them: gathered
+/// along one axis and cut on the other.
+pub(crate) fn follow_rows(entries: &[i32], from: Layout, like: &Tensor) -> Result<Vec<i32>> {
+    let Some((gather, cut)) = moved_rows(from, like) else {
+        return Ok(entries.to_vec());
+    };
+    let scope = like.scope();
+    let group = scope.mesh().group(&scope.axis(gather).0).map_err(comm)?;
+    let mut all = vec![0; entries.len() * group.world_size()];
+    group.all_gather(entries, &mut all).map_err(comm)?;
+    let part = all.len() / scope.axis(cut).1;
+    Ok(all[scope.coord(cut) * part..][..part].to_vec())
+}
+
 /// Refuses to move a cut that another axis has cut once more.
 fn nested(x: &Tensor, axis: usize, to: Placement) -> Result<()> {
     let from = x.layout()[axis];

@@ -6,6 +6,8 @@ use proptest::prelude::*;
 
 #[path = "it/context.rs"]
 mod context;
+#[path = "it/grids.rs"]
+mod grids;
 
 pub(crate) fn noise(len: usize, seed: u64) -> Vec<f32> {
     let s = random::Stream::new(seed, 0);

@@ -6,7 +6,7 @@ use colossal_comm::on_ranks;
 use colossal_models::gpt2::Gpt2Config;
 use colossal_models::llama::LlamaConfig;
 use colossal_models::train::{
-    AdamW, Batch, LrSchedule, Plan, Precision, SequenceMode, Trainer, lm_loss,
+    AdamW, Batch, LrSchedule, Plan, Precision, SequenceMode, TensorMode, Trainer, lm_loss,
 };
 use colossal_models::{DecoderConfig, Group, hf};
 use colossal_tensor::safetensors::Owned;
@@ -29,11 +29,16 @@ fn gpt2() -> DecoderConfig {
 }
 
 fn batch(step: i32) -> Batch {
+    batch_of(8, step)
+}
+
+fn batch_of(rows: i32, step: i32) -> Batch {
     let row =
         |r: i32| -> Vec<i32> { (0..9).map(|t| (r * 7 + t * (3 + step) + t * t) % 32).collect() };
-    let rows: Vec<Vec<i32>> = (0..8).map(row).collect();
+    let rows: Vec<Vec<i32>> = (0..rows).map(row).collect();
     // Unequal lengths and masks: the global token count is not a multiple of anything.
-    let mask: Vec<Vec<bool>> = (0..8).map(|r| (0..9).map(|t| (t + r) % 4 != 0).collect()).collect();
+    let mask: Vec<Vec<bool>> =
+        (0..rows.len()).map(|r| (0..9).map(|t| (t + r) % 4 != 0).collect()).collect();
     let sequences: Vec<(&[i32], &[bool])> = rows
         .iter()
         .zip(&mask)
@@ -80,6 +85,7 @@ fn close(what: &str, a: &[f32], b: &[f32], tolerance: f32) {
 
 fn table() -> Vec<Plan> {
     use SequenceMode::{AllToAll, Ring, RingAttn, SplitGather, Usp};
+    use TensorMode::{ThreeD, TwoAndAHalfD, TwoD};
     let base = Plan { bucket_mib: 1, ..Plan::default() };
     let p = |dp, tp, sequence_parallel, zero, recompute, microbatches| Plan {
         dp,
@@ -118,11 +124,20 @@ fn table() -> Vec<Plan> {
         context(Usp, 4, Plan { ulysses: 2, ..base.clone() }),
         context(RingAttn, 4, Plan { inner_ring: 2, ..base.clone() }),
         context(Usp, 8, Plan { ulysses: 2, inner_ring: 2, ..base.clone() }),
+        grid(TwoD, 4, 1, base.clone()),
+        grid(TwoD, 4, 1, p(2, 1, false, 1, true, 2)),
+        grid(TwoAndAHalfD, 8, 2, base.clone()),
+        grid(ThreeD, 8, 1, base.clone()),
+        grid(ThreeD, 8, 1, p(1, 1, false, 0, true, 2)),
     ]
 }
 
 fn context(mode: SequenceMode, sp: usize, plan: Plan) -> Plan {
     Plan { sequence_parallel: mode, sp, ..plan }
+}
+
+fn grid(tensor: TensorMode, tp: usize, depth: usize, plan: Plan) -> Plan {
+    Plan { tensor, tp, depth, ..plan }
 }
 
 #[test]
@@ -132,7 +147,7 @@ fn every_plan_equals_one_device() {
         let one = train(&Group::solo(), &Plan::default(), &config);
         for plan in table() {
             // Zigzag reorders tokens, and masks follow their order: only LLaMA has none.
-            if name == "gpt2" && plan.sp > 1 {
+            if name == "gpt2" && plan.sp > 1 && plan.sequence_parallel != SequenceMode::AllToAll {
                 continue;
             }
             for outcome in on_ranks(plan.ranks(), |world| train(&world, &plan, &config)) {
@@ -152,13 +167,14 @@ fn gradients(
     world: &Group,
     plan: &Plan,
     config: &DecoderConfig,
+    rows: i32,
 ) -> (f32, BTreeMap<String, Vec<f32>>) {
     let scope = plan.scope(world).unwrap();
     let mut model = colossal_models::CausalLm::new(&scope, config, 3, Dtype::F32).unwrap();
     model.stack = model.stack.recompute(plan.recompute);
     let mesh = scope.mesh();
     let (part, parts) = scope.batch_part();
-    let part = batch(0).part(part, parts).unwrap();
+    let part = batch_of(rows, 0).part(part, parts).unwrap();
     let loss = lm_loss(&model, &part, None).unwrap().scale(0.01).unwrap();
     let mut sum = loss.clone();
     for (i, (axis, _)) in mesh.axes().iter().enumerate() {
@@ -181,14 +197,35 @@ fn gradients(
 #[test]
 fn every_gradient_of_every_plan_equals_one_device() {
     for (name, config) in [("llama", llama()), ("gpt2", gpt2())] {
-        let (loss, one) = gradients(&Group::solo(), &Plan::default(), &config);
+        let (loss, one) = gradients(&Group::solo(), &Plan::default(), &config, 8);
         for plan in table() {
-            for (parallel_loss, grads) in on_ranks(plan.ranks(), |w| gradients(&w, &plan, &config))
+            for (parallel_loss, grads) in
+                on_ranks(plan.ranks(), |w| gradients(&w, &plan, &config, 8))
             {
                 assert!((parallel_loss - loss).abs() < 1e-5 * loss, "{name} {plan:?}");
                 for (key, values) in &grads {
                     close(&format!("{name} {plan:?} {key}"), values, &one[key], 2e-5);
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn grids_of_nine_and_twelve_ranks_have_the_gradients_of_one_device() {
+    let config = DecoderConfig::Llama(LlamaConfig {
+        num_key_value_heads: 6,
+        max_position_embeddings: 32,
+        intermediate_size: 48,
+        ..LlamaConfig::sized(36, 24, 2, 6)
+    });
+    let (loss, one) = gradients(&Group::solo(), &Plan::default(), &config, 6);
+    for (tensor, tp, depth) in [(TensorMode::TwoD, 9, 1), (TensorMode::TwoAndAHalfD, 12, 3)] {
+        let plan = grid(tensor, tp, depth, Plan::default());
+        for (parallel_loss, grads) in on_ranks(tp, |w| gradients(&w, &plan, &config, 6)) {
+            assert!((parallel_loss - loss).abs() < 1e-5 * loss, "{tensor:?} on {tp}");
+            for (key, values) in &grads {
+                close(&format!("{tensor:?} on {tp} {key}"), values, &one[key], 2e-5);
             }
         }
     }
@@ -204,13 +241,13 @@ fn w01_every_sequence_mode_has_the_gradients_of_one_device_at_two_to_eight_ranks
             max_position_embeddings: 64,
             ..LlamaConfig::sized(32usize.next_multiple_of(ranks), 4 * ranks, 1, ranks)
         });
-        let (loss, one) = gradients(&Group::solo(), &Plan::default(), &config);
+        let (loss, one) = gradients(&Group::solo(), &Plan::default(), &config, 8);
         for mode in [SplitGather, Ring, AllToAll, RingAttn] {
             let plan = match mode {
                 SplitGather | Ring => context(mode, 1, Plan { tp: ranks, ..Plan::default() }),
                 _ => context(mode, ranks, Plan::default()),
             };
-            for (parallel_loss, grads) in on_ranks(ranks, |w| gradients(&w, &plan, &config)) {
+            for (parallel_loss, grads) in on_ranks(ranks, |w| gradients(&w, &plan, &config, 8)) {
                 assert!((parallel_loss - loss).abs() < 1e-5 * loss, "{mode:?} on {ranks}");
                 for (key, values) in &grads {
                     close(&format!("{mode:?} on {ranks} {key}"), values, &one[key], 2e-5);

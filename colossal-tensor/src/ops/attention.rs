@@ -86,6 +86,19 @@ impl Tensor {
         same_dtype("attention", self, k)?;
         same_dtype("attention", self, v)?;
         let layout = propagate("attention", &[self, k, v], propagate::attention)?;
+        let mut mask = mask.clone();
+        let from = self.scope().sharding().batch();
+        if crate::redistribute::rows_moved(from, self) && !self.scope().is_fake() {
+            // Under a causal mask nothing real sees the padding that follows it; otherwise all
+            // ranks have lengths, or none.
+            mask.lengths = match mask.lengths {
+                Some(lengths) if !mask.causal => {
+                    Some(Arc::new(crate::redistribute::follow_rows(&lengths, from, self)?))
+                }
+                _ => None,
+            };
+        }
+        let mask = &mask;
         let sizes = [batch, q_len, kv_len, heads, kv_heads, head_dim];
         let mut lse =
             Buffer::new::<f32>(if self.scope().is_fake() { 0 } else { batch * heads * q_len });

@@ -42,6 +42,7 @@ impl Tensor {
             });
         }
         let last = outer.len();
+        let targets = &on_same_rows(&self, targets, last)?;
         let layout = propagate("cross_entropy", &[&self, targets], |p| match (p[0], p[1]) {
             // Targets have no gradient: Invariant and Replicate targets are the same.
             (Placement::Shard(d), Placement::Invariant | Placement::Replicate) if d == last => {
@@ -156,4 +157,25 @@ impl Tensor {
             back.give(0, Tensor::wrap(&scope, grad, &shape, dtype, grad_layout))
         }))
     }
+}
+
+/// Targets on the rows of the logits: after a product on a cube those have traded axes.
+fn on_same_rows(logits: &Tensor, targets: &Tensor, last: usize) -> Result<Tensor> {
+    let at = |rule: &dyn Fn(Placement, Placement) -> bool| {
+        let (ours, theirs) = (logits.layout(), targets.layout());
+        logits.scope().wide_axes().find(|axis| rule(ours[*axis], theirs[*axis]))
+    };
+    let (rows, vocab) = (Placement::Shard(0), Placement::Shard(last));
+    let gathered = at(&|ours, theirs| ours == vocab && theirs == rows);
+    let cut = at(&|ours, theirs| ours == rows && theirs == Placement::Invariant);
+    let (Some(gathered), Some(cut)) = (gathered, cut) else {
+        return Ok(targets.clone());
+    };
+    let layout = targets.layout().with(gathered, Placement::Invariant).with(cut, rows);
+    if logits.scope().is_fake() {
+        return Ok(targets.rewrap(targets.shape(), layout, 0, Edge::None));
+    }
+    let entries = targets.to_vec_of::<i32>()?;
+    let entries = crate::redistribute::follow_rows(&entries, targets.layout(), logits)?;
+    Tensor::from_slice(logits.scope(), &entries, targets.shape(), layout)
 }

@@ -8,7 +8,7 @@ use super::produce;
 use crate::autograd::{Weight, record};
 use crate::dtype::{Dtype, any, float};
 use crate::error::{Error, Result};
-use crate::placement::Placement;
+use crate::placement::Placement::{self, Shard};
 use crate::propagate::{self, propagate};
 use crate::tensor::Tensor;
 
@@ -34,8 +34,17 @@ impl Tensor {
         if ids.dtype() != Dtype::I32 {
             return Err(Error::Dtype { op: "embedding", left: ids.dtype(), right: Dtype::I32 });
         }
-        let layout = propagate("embedding", &[ids, table], propagate::embedding)?;
+        let layout =
+            propagate("embedding", &[ids, table], propagate::embedding(ids.shape().len()))?;
         let shape = [ids.shape(), &[dim]].concat();
+        let blocks: Vec<usize> = table
+            .scope()
+            .wide_axes()
+            .filter(|a| (ids.layout()[*a], table.layout()[*a]) == (Shard(0), Shard(0)))
+            .collect();
+        if !blocks.is_empty() {
+            return super::block_embedding::embedding(table, ids, &shape, layout, &blocks);
+        }
         // Ids relative to this rank's rows; the kernel skips those outside.
         let local = if table.scope().is_fake() {
             Arc::new(vec![])

@@ -114,6 +114,12 @@ impl Tensor {
 
     /// The products that communicate: those whose layouts no rank can multiply alone.
     fn linear_elsewhere(&self, weight: &Tensor) -> Result<Option<Tensor>> {
+        if let Some(axes) = crate::summa::grid(weight) {
+            return crate::summa::linear(self, weight, axes).map(Some);
+        }
+        if let Some(axes) = crate::cube::cube(weight) {
+            return crate::cube::linear(self, weight, axes).map(Some);
+        }
         for axis in self.scope().wide_axes() {
             if let Some(kind) = crate::overlap::Kind::of(self, weight, axis) {
                 return crate::overlap::linear(self, weight, axis, kind).map(Some);

@@ -1,6 +1,7 @@
 //! The ops a model is written in: a layout rule, a kernel, and a backward that consumes.
 
 mod attention;
+mod block_embedding;
 mod cross_entropy;
 mod dropout;
 mod elementwise;
@@ -12,6 +13,7 @@ mod norm;
 mod reduce;
 mod reshape;
 mod rope;
+mod wide_norm;
 
 pub use attention::{AttentionMask, KvCache};
 pub use cross_entropy::IGNORE;

@@ -2,6 +2,7 @@
 
 use colossal_kernels as kernels;
 
+use super::wide_norm::width_axes;
 use super::{produce, same_dtype};
 use crate::autograd::{Weight, record};
 use crate::dtype::float;
@@ -14,6 +15,9 @@ impl Tensor {
     /// Root-mean-square norm (Zhang & Sennrich, 2019): `x / sqrt(mean(x²) + eps) * weight`.
     pub fn rms_norm(&self, weight: &Tensor, eps: f32) -> Result<Tensor> {
         let layout = self.check_norm("rms_norm", weight)?;
+        if let axes @ [_, ..] = &width_axes(self)[..] {
+            return super::wide_norm::norm(self, weight, None, eps, layout, axes);
+        }
         let mut rstd = Buffer::new::<f32>(if self.scope().is_fake() { 0 } else { self.rows() });
         let y = produce(self.scope(), self.shape(), self.dtype(), layout, |y| {
             float!("rms_norm", self.dtype(), T => {
@@ -51,6 +55,9 @@ impl Tensor {
     pub fn layer_norm(&self, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
         let layout = self.check_norm("layer_norm", weight)?;
         self.check_norm("layer_norm", bias)?;
+        if let axes @ [_, ..] = &width_axes(self)[..] {
+            return super::wide_norm::norm(self, weight, Some(bias), eps, layout, axes);
+        }
         let rows = if self.scope().is_fake() { 0 } else { self.rows() };
         let (mut mean, mut rstd) = (Buffer::new::<f32>(rows), Buffer::new::<f32>(rows));
         let y = produce(self.scope(), self.shape(), self.dtype(), layout, |y| {

@@ -1,0 +1,134 @@
+//! Products on a q×q×q cube (Agarwal et al., 1995; Bian et al., 2021): calls `comm`.
+//!
+//! Activations are cut on all three axes: width on one, batch on the two others. A product gathers
+//! `x` along one axis and the weight along another, and scatters its sums along the third:
+//!
+//! ```text
+//! x  [M/q² rows, K/q]   gathered along `rows`    to [M/q, K/q]
+//! w  [N/q² rows, K/q]   gathered along `depth`   to [N/q, K/q]
+//! y = x wᵀ              scattered along `width`  to [M/q² rows, N/q]
+//! ```
+//!
+//! The axes of rows and of width trade places in each product, so that two products (up and down)
+//! bring them back. Nothing gathered is kept for backward: it holds `1/q³` of everything and
+//! gathers again. Sent per rank: forward `(q - 1)/q³ (MK + NK + MN)`; backward
+//! `(q - 1)/q³ (MN + NK + MK)` for the input and `(q - 1)/q³ (MK + NK)` more for the weight.
+
+use colossal_comm::{Group, ReduceOp};
+use colossal_kernels::{self as kernels, Epilogue, Mat, MatMut};
+
+use crate::autograd::{Weight, record};
+use crate::dtype::{Element, float};
+use crate::error::{Result, comm};
+use crate::ops::produce;
+use crate::placement::Cut;
+use crate::placement::Placement::Shard;
+use crate::propagate::{self, propagate};
+use crate::storage::Buffer;
+use crate::tensor::Tensor;
+
+/// The axes of one product.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Axes {
+    /// Cuts rows of `x` and the output dim of `w`: `x` is gathered along it.
+    rows: usize,
+    /// Cuts the input dim of both: the product is scattered along it.
+    width: usize,
+    /// Cuts rows of `x`, and the output dim of `w` once more: `w` is gathered along it.
+    depth: usize,
+}
+
+/// The axes of a cube, if `w` lies on one.
+pub(crate) fn cube(w: &Tensor) -> Option<Axes> {
+    let scope = w.scope();
+    let axis =
+        |cut: Cut| scope.wide_axes().find(|a| scope.role(*a).is_some_and(|role| role.cut == cut));
+    let (row, col) = (axis(Cut::CubeRow)?, axis(Cut::CubeCol)?);
+    let depth = axis(Cut::CubeDepth)?;
+    match (w.layout()[row], w.layout()[col], w.layout()[depth]) {
+        (Shard(0), Shard(1), Shard(0)) => Some(Axes { rows: row, width: col, depth }),
+        (Shard(1), Shard(0), Shard(0)) => Some(Axes { rows: col, width: row, depth }),
+        _ => None,
+    }
+}
+
+/// `x wᵀ` on the cube.
+pub(crate) fn linear(x: &Tensor, w: &Tensor, axes: Axes) -> Result<Tensor> {
+    let last = x.shape().len() - 1;
+    let rule = propagate::linear(last);
+    let mut layout = propagate("linear", &[x, w], |p| match *p {
+        [Shard(0), Shard(0)] => Some(Shard(0)),
+        [Shard(d), Shard(1)] if d == last => Some(Shard(0)),
+        _ => rule(p),
+    })?;
+    layout[axes.rows] = Shard(last);
+    let scope = x.scope().clone();
+    let q = scope.axis(axes.rows).1;
+    // Of the gathered operands.
+    let (m, k, n) = (x.rows() * q, x.last_dim(), w.shape()[0] * scope.axis(axes.depth).1);
+    let mut shape = x.shape().to_vec();
+    shape[last] = n;
+    if scope.is_fake() {
+        return Ok(Tensor::pretend(&scope, &shape, x.dtype(), layout));
+    }
+    let group = |axis: usize| -> Result<Group> {
+        Ok(scope.mesh().group(&scope.axis(axis).0).map_err(comm)?.clone())
+    };
+    let (rows, width, depth) = (group(axes.rows)?, group(axes.width)?, group(axes.depth)?);
+    let y = produce(&scope, &shape, x.dtype(), layout, |y| {
+        float!("linear", x.dtype(), T => {
+            let x = gathered(&rows, x.read::<T>()?.as_slice::<T>())?;
+            let w = gathered(&depth, w.read::<T>()?.as_slice::<T>())?;
+            let mut sums = Buffer::new::<T>(m * n);
+            let (x, w) = (Mat::new(x.as_slice::<T>(), m, k), Mat::new(w.as_slice::<T>(), n, k));
+            let product = MatMut::new(sums.as_mut_slice::<T>(), m, n);
+            kernels::gemm(x, w.t(), product, &Epilogue::default());
+            scattered::<T>(&width, &sums, y.as_mut_slice())
+        })
+    })?;
+    let (x_saved, w_saved, like) = (x.detach(), w.detach(), Weight::like(w));
+    Ok(record("linear", y, &[x, w], move |dy, back| {
+        let (x, dtype) = (x_saved, dy.dtype());
+        float!("linear", dtype, T => {
+            let dy = gathered(&width, dy.read::<T>()?.as_slice::<T>())?;
+            if back.wants(0) {
+                let layout = x.layout().dual();
+                let dx = produce(x.scope(), x.shape(), dtype, layout, |dx| {
+                    let w = gathered(&depth, w_saved.read::<T>()?.as_slice::<T>())?;
+                    let mut sums = Buffer::new::<T>(m * k);
+                    let dy = Mat::new(dy.as_slice::<T>(), m, n);
+                    let product = MatMut::new(sums.as_mut_slice::<T>(), m, k);
+                    let w = Mat::new(w.as_slice::<T>(), n, k);
+                    kernels::gemm(dy, w, product, &Epilogue::default());
+                    scattered::<T>(&rows, &sums, dx.as_mut_slice())
+                })?;
+                back.give(0, dx)?;
+            }
+            if !back.wants(1) {
+                return Ok(());
+            }
+            back.weight(1, &like, move |dw| {
+                let x = gathered(&rows, x.read::<T>()?.as_slice::<T>())?;
+                let mut sums = Buffer::new::<f32>(n * k);
+                let product = MatMut::new(sums.as_mut_slice::<f32>(), n, k);
+                let (dy, x) =
+                    (Mat::new(dy.as_slice::<T>(), m, n), Mat::new(x.as_slice::<T>(), m, k));
+                kernels::gemm(dy.t(), x, product, &Epilogue::default());
+                let mut own = Buffer::new::<f32>(dw.len());
+                scattered::<f32>(&depth, &sums, own.as_mut_slice())?;
+                kernels::add_assign(own.as_slice::<f32>(), dw);
+                Ok(())
+            })
+        })
+    }))
+}
+
+fn gathered<T: Element>(group: &Group, own: &[T]) -> Result<Buffer> {
+    let mut all = Buffer::new::<T>(own.len() * group.world_size());
+    group.all_gather(own, all.as_mut_slice::<T>()).map_err(comm)?;
+    Ok(all)
+}
+
+fn scattered<T: Element>(group: &Group, sums: &Buffer, own: &mut [T]) -> Result<()> {
+    group.reduce_scatter(sums.as_slice::<T>(), own, ReduceOp::Sum).map_err(comm)
+}

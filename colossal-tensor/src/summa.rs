@@ -1,0 +1,232 @@
+//! Products on a q×q grid, SUMMA (van de Geijn & Watts, 1997; Optimus, Xu et al., 2021): calls
+//! `comm`.
+//!
+//! Rank (r, c) holds block (r, c) of everything: of activations rows r (batch) and columns c
+//! (width). Nothing is gathered whole: in step l one block of each operand is broadcast, along the
+//! rows or the columns of the grid, while the blocks of step l - 1 are multiplied. Two forms:
+//!
+//! | weight block of rank (r, c) | forward | used by |
+//! | --- | --- | --- |
+//! | input r, output c | `Y(r, c) = Σ X(r, l) W(l, c)` | linear layers |
+//! | output r, input c | `Y(r, l) = Σ X(r, c) W(l, c)ᵀ`, summed at l | heads, tied to an embedding |
+//!
+//! Per product and rank, with x, w, y the elements of a block (`1/q²` of the whole): a block is
+//! broadcast once from its place (x or w elements) and sums leave for q - 1 places.
+//! First form: forward x + w; backward w + (q - 1) x for the input, x + (q - 1) w for the weight.
+//! Second form: forward w + (q - 1) y; backward y + w for the input, y + (q - 1) w for the weight.
+
+use bytemuck::Pod;
+use colossal_comm::{Group, ReduceOp};
+use colossal_kernels::{self as kernels, Epilogue, Mat, MatMut};
+
+use crate::autograd::{Weight, record};
+use crate::dtype::{Element, float};
+use crate::error::{Error, Result, comm};
+use crate::ops::produce;
+use crate::placement::Cut;
+use crate::placement::Placement::Shard;
+use crate::propagate::{self, propagate};
+use crate::storage::{Buffer, Typed};
+use crate::tensor::Tensor;
+
+/// The axes of a grid on which `w` lies in blocks: rows and columns.
+pub(crate) fn grid(w: &Tensor) -> Option<[usize; 2]> {
+    let axis = |cut: Cut| {
+        let scope = w.scope();
+        scope.wide_axes().find(|a| scope.role(*a).is_some_and(|role| role.cut == cut))
+    };
+    let (row, col) = (axis(Cut::GridRow)?, axis(Cut::GridCol)?);
+    let blocked = |a: usize| matches!(w.layout()[a], Shard(_));
+    (blocked(row) && blocked(col)).then_some([row, col])
+}
+
+/// `x wᵀ` with both in blocks.
+pub(crate) fn linear(x: &Tensor, w: &Tensor, [row, col]: [usize; 2]) -> Result<Tensor> {
+    let last = x.shape().len() - 1;
+    let second = w.layout()[row] == Shard(0);
+    let rule = propagate::linear(last);
+    let layout = propagate("linear", &[x, w], |p| match (second, p) {
+        (false, [Shard(0), Shard(1)]) | (true, [Shard(0), Shard(0)]) => Some(Shard(0)),
+        (false, [Shard(d), Shard(0)]) | (true, [Shard(d), Shard(1)]) if *d == last => {
+            Some(Shard(last))
+        }
+        (_, p) => rule(p),
+    })?;
+    let (m, k, n) = (x.rows(), x.last_dim(), w.shape()[0]);
+    let mut shape = x.shape().to_vec();
+    shape[last] = n;
+    if x.scope().is_fake() {
+        return Ok(Tensor::pretend(x.scope(), &shape, x.dtype(), layout));
+    }
+    let grid = Grid::new(x, row, col)?;
+    let y = produce(x.scope(), &shape, x.dtype(), layout, |y| {
+        float!("linear", x.dtype(), T => {
+            let (x, w) = (x.read::<T>()?, w.read::<T>()?);
+            let (x, w) = (x.as_slice::<T>(), w.as_slice::<T>());
+            if second {
+                return grid.sum_along_rows(w, y.as_mut_slice(), |w, part| {
+                    let product = MatMut::new(part, m, n);
+                    let plain = Epilogue::default();
+                    kernels::gemm(Mat::new(x, m, k), Mat::new(w, n, k).t(), product, &plain);
+                });
+            }
+            grid.outer(x, w, |l, x, w| {
+                let add = Epilogue { accumulate: l > 0, ..Epilogue::default() };
+                let y = MatMut::new(y.as_mut_slice::<T>(), m, n);
+                kernels::gemm(Mat::new(x, m, k), Mat::new(w, n, k).t(), y, &add);
+            })
+        })
+    })?;
+    let (x_saved, w_saved, like) = (x.detach(), w.detach(), Weight::like(w));
+    Ok(record("linear", y, &[x, w], move |dy, back| {
+        let x = x_saved;
+        if back.wants(0) {
+            let layout = x.layout().dual();
+            let dx = produce(x.scope(), x.shape(), x.dtype(), layout, |dx| {
+                float!("linear", dy.dtype(), T => {
+                    let (dy, w) = (dy.read::<T>()?, w_saved.read::<T>()?);
+                    let (dy, w) = (dy.as_slice::<T>(), w.as_slice::<T>());
+                    if second {
+                        return grid.outer(dy, w, |l, dy, w| {
+                            let add = Epilogue { accumulate: l > 0, ..Epilogue::default() };
+                            let dx = MatMut::new(dx.as_mut_slice::<T>(), m, k);
+                            kernels::gemm(Mat::new(dy, m, n), Mat::new(w, n, k), dx, &add);
+                        });
+                    }
+                    grid.sum_along_rows(w, dx.as_mut_slice(), |w, part| {
+                        let product = MatMut::new(part, m, k);
+                        let plain = Epilogue::default();
+                        kernels::gemm(Mat::new(dy, m, n), Mat::new(w, n, k), product, &plain);
+                    })
+                })
+            })?;
+            back.give(0, dx)?;
+        }
+        if !back.wants(1) {
+            return Ok(());
+        }
+        back.weight(1, &like, move |dw| {
+            float!("linear", dy.dtype(), T => {
+                let (dy, x) = (dy.read::<T>()?, x.read::<T>()?);
+                let (dy, x) = (dy.as_slice::<T>(), x.as_slice::<T>());
+                let product = |dy: &[T], x: &[T], part: &mut [f32]| {
+                    let (dy, x) = (Mat::new(dy, m, n).t(), Mat::new(x, m, k));
+                    kernels::gemm(dy, x, MatMut::new(part, n, k), &Epilogue::default());
+                };
+                // The operand that belongs to step l comes along the row; the sum goes up the
+                // column, to the rank that holds the weight's block.
+                if second {
+                    grid.sum_along_columns(dy, dw, |dy, part| product(dy, x, part))
+                } else {
+                    grid.sum_along_columns(x, dw, |x, part| product(dy, x, part))
+                }
+            })
+        })
+    }))
+}
+
+/// The two groups of a rank of the grid.
+struct Grid {
+    /// Ranks of the same column: they differ in their row.
+    column: Group,
+    /// Ranks of the same row.
+    row: Group,
+}
+
+impl Grid {
+    fn new(x: &Tensor, row: usize, col: usize) -> Result<Grid> {
+        let scope = x.scope();
+        let group = |axis: usize| -> Result<Group> {
+            Ok(scope.mesh().group(&scope.axis(axis).0).map_err(comm)?.clone())
+        };
+        let grid = Grid { column: group(row)?, row: group(col)? };
+        if grid.column.world_size() != grid.row.world_size() {
+            let text = "summa: the grid must be square; give its two axes one size";
+            return Err(Error::Other(text.into()));
+        }
+        Ok(grid)
+    }
+
+    fn side(&self) -> usize {
+        self.row.world_size()
+    }
+
+    /// In step l: block l of `a` along this row and block l of `b` along this column, the next
+    /// ones on their way meanwhile.
+    fn outer<T: Element>(
+        &self,
+        a: &[T],
+        b: &[T],
+        mut visit: impl FnMut(usize, &[T], &[T]),
+    ) -> Result<()> {
+        let start = |l: usize| (start(&self.row, a, l), start(&self.column, b, l));
+        let mut coming = Some(start(0));
+        for l in 0..self.side() {
+            let Some((a, b)) = coming.take() else { break };
+            let (a, b) = (a.wait().map_err(comm)?, b.wait().map_err(comm)?);
+            if l + 1 < self.side() {
+                coming = Some(start(l + 1));
+            }
+            visit(l, a.as_ref(), b.as_ref());
+        }
+        Ok(())
+    }
+
+    /// In step l: block l of `b` along this column, a product of it, summed along the row at l.
+    fn sum_along_rows<T: Element>(
+        &self,
+        b: &[T],
+        out: &mut [T],
+        term: impl FnMut(&[T], &mut [T]),
+    ) -> Result<()> {
+        let keep = |sum: &[T], out: &mut [T]| out.copy_from_slice(sum);
+        self.sums((&self.column, b), &self.row, out, term, keep)
+    }
+
+    /// In step l: block l of `a` along this row, a product of it, summed along the column at l
+    /// and added to `out`.
+    fn sum_along_columns<T: Element>(
+        &self,
+        a: &[T],
+        out: &mut [f32],
+        term: impl FnMut(&[T], &mut [f32]),
+    ) -> Result<()> {
+        self.sums((&self.row, a), &self.column, out, term, kernels::add_assign)
+    }
+
+    fn sums<T: Element, U: Element>(
+        &self,
+        (from, own): (&Group, &[T]),
+        to: &Group,
+        out: &mut [U],
+        mut term: impl FnMut(&[T], &mut [U]),
+        keep: impl Fn(&[U], &mut [U]),
+    ) -> Result<()> {
+        let mut part = Buffer::new::<U>(out.len());
+        let mut coming = Some(start(from, own, 0));
+        for l in 0..self.side() {
+            let Some(block) = coming.take() else { break };
+            let block = block.wait().map_err(comm)?;
+            if l + 1 < self.side() {
+                coming = Some(start(from, own, l + 1));
+            }
+            let part = part.as_mut_slice::<U>();
+            term(block.as_ref(), part);
+            to.reduce(part, ReduceOp::Sum, l).map_err(comm)?;
+            if to.rank() == l {
+                keep(part, out);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sends block `root` to a group, of which `own` is this rank's.
+fn start<T: Element>(group: &Group, own: &[T], root: usize) -> colossal_comm::Pending<Typed<T>> {
+    let block = block::<T>(group.rank() == root, own);
+    group.broadcast_start(block, root)
+}
+
+fn block<T: Pod>(here: bool, own: &[T]) -> Typed<T> {
+    Typed::new(if here { Buffer::from_slice(own) } else { Buffer::new::<T>(own.len()) })
+}
