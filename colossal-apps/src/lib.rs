@@ -5,6 +5,7 @@ pub mod chat;
 pub mod config;
 pub mod dataset;
 pub mod doctor;
+mod gguf_tokenizer;
 pub mod model;
 pub mod report;
 pub mod tokenizer;

@@ -3,17 +3,15 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
-use colossal_models::gguf::{Gguf, Value};
+use colossal_models::gguf;
 use minijinja::{Environment, context};
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
-use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::dataset::Message;
+use crate::gguf_tokenizer;
 
 /// ChatML: the template of models trained here.
 const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
@@ -25,6 +23,8 @@ const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message.role }
 pub struct ChatTokenizer {
     tokenizer: Tokenizer,
     template: String,
+    /// What templates call `bos_token`; may be empty.
+    begin: String,
     end_of_turn: i32,
 }
 
@@ -45,7 +45,7 @@ impl ChatTokenizer {
         tokenizer
             .train(&mut trainer, texts.iter().map(String::as_str))
             .map_err(|e| anyhow!("tokenizer: {e}"))?;
-        ChatTokenizer::new(tokenizer, CHATML.into(), "<|im_end|>")
+        ChatTokenizer::new(tokenizer, CHATML, None, "<|im_end|>")
     }
 
     /// The tokenizer of a model: the one inside a GGUF file; or a folder's `tokenizer.json` and
@@ -53,8 +53,8 @@ impl ChatTokenizer {
     /// ChatML if there is none).
     pub fn open(folder: &Path) -> Result<ChatTokenizer> {
         if folder.is_file() {
-            let gguf = Gguf::open(folder)?;
-            return ChatTokenizer::of_gguf(&gguf).with_context(|| folder.display().to_string());
+            let metadata = gguf::metadata(folder)?;
+            return gguf_tokenizer::read(&metadata).with_context(|| folder.display().to_string());
         }
         let path = folder.join("tokenizer.json");
         let tokenizer =
@@ -64,82 +64,33 @@ impl ChatTokenizer {
                 Ok(text) => serde_json::from_str(&text).context("tokenizer_config.json")?,
                 Err(_) => serde_json::Value::Null,
             };
+        // One template, or a list of named ones.
+        let inside = &config["chat_template"];
+        let named = |t: &&serde_json::Value| t["name"] == "default";
+        let chosen = inside.as_array().and_then(|all| all.iter().find(named));
+        let inside = inside.as_str().or_else(|| chosen?["template"].as_str());
         let template = match std::fs::read_to_string(folder.join("chat_template.jinja")) {
             Ok(text) => text,
-            Err(_) => config["chat_template"].as_str().unwrap_or(CHATML).to_string(),
+            Err(_) => inside.unwrap_or(CHATML).to_string(),
         };
-        let eos = config["eos_token"].as_str().or(config["eos_token"]["content"].as_str());
-        let eos = eos.unwrap_or("<|im_end|>").to_string();
-        ChatTokenizer::new(tokenizer, template, &eos)
+        let token = |key: &str| config[key].as_str().or(config[key]["content"].as_str());
+        let eos = token("eos_token").unwrap_or("<|im_end|>");
+        ChatTokenizer::new(tokenizer, &template, token("bos_token"), eos)
     }
 
-    /// A byte-level BPE from the metadata of a GGUF file.
-    fn of_gguf(gguf: &Gguf) -> Result<ChatTokenizer> {
-        let get = |key: &str| gguf.metadata().get(&format!("tokenizer.{key}"));
-        let list = |key: &str| {
-            get(key).and_then(Value::list).ok_or_else(|| anyhow!("lacks tokenizer.{key}"))
-        };
-        let text = |key: &str| get(key).and_then(Value::text);
-        let digits = match (text("ggml.model"), text("ggml.pre")) {
-            (Some("gpt2"), None | Some("gpt-2" | "default")) => false,
-            (Some("gpt2"), Some("smollm")) => true,
-            (model, pre) => bail!(
-                "its tokenizer (model {}, pre {}) is not read yet; put the model's tokenizer.json \
-                 beside the weights and use that folder",
-                model.unwrap_or("none"),
-                pre.unwrap_or("none")
-            ),
-        };
-        let tokens: Vec<String> = list("ggml.tokens")?
-            .iter()
-            .map(|t| t.text().map(str::to_string).ok_or_else(|| anyhow!("a token is no text")))
-            .collect::<Result<_>>()?;
-        let merges = list("ggml.merges")?
-            .iter()
-            .map(|m| {
-                let (a, b) = m.text().and_then(|m| m.split_once(' ')).unwrap_or_default();
-                (a.to_string(), b.to_string())
-            })
-            .collect();
-        let vocab = tokens.iter().zip(0u32..).map(|(t, i)| (t.clone(), i)).collect();
-        let bpe = BPE::builder()
-            .vocab_and_merges::<ahash::AHashMap<_, _>>(vocab, merges)
-            .build()
-            .map_err(|e| anyhow!("tokenizer: {e}"))?;
-        let mut tokenizer = Tokenizer::new(bpe);
-        let bytes = ByteLevel::new(false, true, true);
-        let mut steps: Vec<PreTokenizerWrapper> = vec![];
-        if digits {
-            steps.push(Digits::new(true).into());
-        }
-        steps.push(bytes.into());
-        tokenizer.with_pre_tokenizer(Some(Sequence::new(steps)));
-        tokenizer.with_decoder(Some(bytes));
-        // Control tokens (3) are special; user-defined ones (4) are whole but are text.
-        let kinds = list("ggml.token_type")?;
-        for (kind, special) in [(3, true), (4, false)] {
-            let added: Vec<AddedToken> = tokens
-                .iter()
-                .zip(kinds)
-                .filter(|(_, k)| k.int() == Some(kind))
-                .map(|(t, _)| AddedToken::from(t.clone(), special))
-                .collect();
-            if special {
-                tokenizer.add_special_tokens(&added);
-            } else {
-                tokenizer.add_tokens(&added);
-            }
-        }
-        let end = get("ggml.eos_token_id").and_then(Value::int).unwrap_or(0);
-        let end = tokens.get(end as usize).ok_or_else(|| anyhow!("eos_token_id is no token"))?;
-        ChatTokenizer::new(tokenizer, text("chat_template").unwrap_or(CHATML).into(), end)
-    }
-
-    fn new(tokenizer: Tokenizer, template: String, end: &str) -> Result<ChatTokenizer> {
+    /// A tokenizer, its template (ChatML if empty) and the tokens that begin a text, end a turn.
+    pub(crate) fn new(
+        tokenizer: Tokenizer,
+        template: &str,
+        begin: Option<&str>,
+        end: &str,
+    ) -> Result<ChatTokenizer> {
         let end_of_turn = tokenizer.token_to_id(end).ok_or_else(|| {
             anyhow!("tokenizer: the end-of-turn token {end} is not in the vocabulary")
-        })?;
-        Ok(ChatTokenizer { tokenizer, template, end_of_turn: end_of_turn as i32 })
+        })? as i32;
+        let template = if template.is_empty() { CHATML } else { template }.to_string();
+        let begin = begin.unwrap_or_default().to_string();
+        Ok(ChatTokenizer { tokenizer, template, begin, end_of_turn })
     }
 
     /// Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
@@ -150,11 +101,13 @@ impl ChatTokenizer {
         let text = self.tokenizer.to_string(true).map_err(|e| anyhow!("tokenizer: {e}"))?;
         write("tokenizer.json", text)?;
         write("chat_template.jinja", self.template.clone())?;
-        let eos = self.tokenizer.id_to_token(self.end_of_turn as u32).unwrap_or_default();
-        let config = serde_json::json!({
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos,
+        let mut config = serde_json::json!({
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end(),
             "chat_template": self.template, "clean_up_tokenization_spaces": false,
         });
+        if !self.begin.is_empty() {
+            config["bos_token"] = self.begin.clone().into();
+        }
         write("tokenizer_config.json", serde_json::to_string_pretty(&config)?)?;
         Ok(())
     }
@@ -167,6 +120,10 @@ impl ChatTokenizer {
     /// The token that ends a turn.
     pub fn end_of_turn(&self) -> i32 {
         self.end_of_turn
+    }
+
+    fn end(&self) -> String {
+        self.tokenizer.id_to_token(self.end_of_turn as u32).unwrap_or_default()
     }
 
     /// Ids of a text, in which special tokens are recognised.
@@ -193,8 +150,9 @@ impl ChatTokenizer {
         env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         let list: Vec<_> =
             messages.iter().map(|m| context! { role => m.role, content => m.content }).collect();
-        env.render_str(&self.template, context! { messages => list, add_generation_prompt })
-            .context("chat template")
+        let (bos_token, eos_token) = (&self.begin, self.end());
+        let values = context! { messages => list, add_generation_prompt, bos_token, eos_token };
+        env.render_str(&without_marks(&self.template), values).context("chat template")
     }
 
     /// Ids of a prompt, ready for an answer.
@@ -248,6 +206,20 @@ impl ChatTokenizer {
         }
         Ok((ids, mask))
     }
+}
+
+/// The template without `{% generation %}` blocks' marks: the mask is found by rendering prefixes.
+fn without_marks(template: &str) -> String {
+    let mut out = String::with_capacity(template.len());
+    let mut rest = template;
+    while let Some(start) = rest.find("{%") {
+        let Some(end) = rest[start..].find("%}").map(|e| start + e + 2) else { break };
+        let tag = rest[start + 2..end - 2].trim_matches(['-', '+', ' ', '\t', '\n', '\r']);
+        let mark = tag == "generation" || tag == "endgeneration";
+        out.push_str(&rest[..if mark { start } else { end }]);
+        rest = &rest[end..];
+    }
+    out + rest
 }
 
 #[cfg(test)]
@@ -317,6 +289,19 @@ mod tests {
         t.save(dir.path()).unwrap();
         let again = ChatTokenizer::open(dir.path()).unwrap();
         assert_eq!(again.prompt(&talk()).unwrap(), t.prompt(&talk()).unwrap());
+    }
+
+    #[test]
+    fn templates_know_the_first_token_and_generation_blocks() {
+        let mut t = small();
+        t.begin = "<|endoftext|>".into();
+        t.template = "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}\
+                      {%- generation -%}{{ m.content }}{{ eos_token }}{% endgeneration %}\
+                      {% else %}{{ m.content }}:{% endif %}{% endfor %}"
+            .into();
+        let (ids, mask) = t.conversation(&talk()[..2]).unwrap();
+        assert_eq!(ids, t.encode("<|endoftext|>Hello?:Dear Ännä 🦀<|im_end|>").unwrap());
+        assert!(!mask[0] && mask[mask.len() - 1]);
     }
 
     #[test]

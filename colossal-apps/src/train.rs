@@ -606,6 +606,50 @@ mod tests {
         assert!(format!("{e:#}").contains("no reward model"), "{e:#}");
     }
 
+    /// SmolLM2-135M-Instruct through all three stages, on the data of the repository.
+    #[test]
+    fn a_real_model_is_fine_tuned_judged_and_aligned() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let gguf = root.join("assets/smollm2/model.gguf");
+        if !gguf.is_file() {
+            eprintln!("skipped: {} is not there; `cargo xtask assets` fetches it", gguf.display());
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (d, data) = (dir.path(), root.join("data/rlhf"));
+        let run = |task: Task, model: &Path, file: &str, more: &str| {
+            let out = d.join(name(task));
+            let text = format!(
+                "model = '{}'\ndata = ['{}']\noutput_dir = '{}'\nbatch = 4\nmax_length = 96\n{more}",
+                model.display(),
+                data.join(file).display(),
+                out.display()
+            );
+            let said = train(task, &toml::from_str(&text).unwrap()).unwrap();
+            let log = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+            (said, log)
+        };
+        let (_, log) = run(Task::Sft, &gguf, "sft.jsonl", "steps = 3\nlr = 1e-4");
+        let losses: Vec<f64> = log
+            .lines()
+            .map(|l| {
+                serde_json::from_str::<serde_json::Value>(l).unwrap()["loss"].as_f64().unwrap()
+            })
+            .collect();
+        // A model that knows English, not a random one (ln 49152 = 10.8); and it learns.
+        assert!(losses[0] < 4.0 && losses[2] < losses[0] - 0.2, "{losses:?}");
+        let sft = d.join("sft");
+        run(Task::Reward, &sft, "preferences.jsonl", "steps = 2");
+        let more = format!(
+            "reward_model = '{}'\n[ppo]\niterations = 1\nrollouts = 4\nminibatches = 1\n\
+             epochs = 1\nmax_new_tokens = 24",
+            d.join("reward").display()
+        );
+        let (said, _) = run(Task::Ppo, &sft, "prompts.jsonl", &more);
+        assert!(said.contains("objective/scores"), "{said}");
+        assert!(ChatTokenizer::open(&d.join("ppo")).is_ok() && d.join("ppo/config.json").exists());
+    }
+
     #[test]
     fn mistakes_are_named() {
         let dir = folder();

@@ -70,6 +70,21 @@ impl Value {
     }
 }
 
+/// Key/value pairs of a file.
+pub type Metadata = BTreeMap<String, Value>;
+
+/// Reads the metadata of any GGUF file: the tokenizer, the chat template, who made it.
+///
+/// # Errors
+/// [`Error::File`] for a file that is none, or is cut short.
+pub fn metadata(path: &Path) -> Result<Metadata> {
+    let fail = |reason: String| Error::File { path: path.display().to_string(), reason };
+    let file = File::open(path).map_err(|e| fail(e.to_string()))?;
+    let size = file.metadata().map_err(|e| fail(e.to_string()))?.len();
+    let mut reader = Reader { from: BufReader::new(&file), at: 0, size };
+    Ok(reader.metadata().map_err(fail)?.0)
+}
+
 /// How the elements of a tensor are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -164,7 +179,6 @@ struct Info {
 pub struct Gguf {
     path: PathBuf,
     file: Mutex<File>,
-    metadata: BTreeMap<String, Value>,
     /// Under Hugging Face names.
     tensors: BTreeMap<String, Info>,
     config: DecoderConfig,
@@ -231,17 +245,12 @@ impl Gguf {
             }
             tensors.insert(key, info);
         }
-        Ok(Gguf { path: path.into(), file: Mutex::new(file), metadata, tensors, config })
+        Ok(Gguf { path: path.into(), file: Mutex::new(file), tensors, config })
     }
 
     /// The model's configuration.
     pub fn config(&self) -> &DecoderConfig {
         &self.config
-    }
-
-    /// All metadata, the tokenizer's included.
-    pub fn metadata(&self) -> &BTreeMap<String, Value> {
-        &self.metadata
     }
 }
 
@@ -361,12 +370,12 @@ fn hf_name(family: &str, name: &str) -> Option<String> {
     Some(format!("{}.{block}.{}.{kind}", part("blk")?, part(inner)?))
 }
 
-fn family(metadata: &BTreeMap<String, Value>) -> &str {
+fn family(metadata: &Metadata) -> &str {
     metadata.get("general.architecture").and_then(Value::text).unwrap_or("none")
 }
 
 fn config(
-    metadata: &BTreeMap<String, Value>,
+    metadata: &Metadata,
     tensors: &BTreeMap<String, Info>,
     rope_factors: &[f32],
 ) -> Result<DecoderConfig, String> {
@@ -455,7 +464,7 @@ fn llama3(factors: &[f32], head_dim: usize, theta: f64) -> Result<RopeScaling, S
 }
 
 /// Metadata, and tensors under their names in the file.
-type Header = (BTreeMap<String, Value>, BTreeMap<String, Info>);
+type Header = (Metadata, BTreeMap<String, Info>);
 
 struct Reader<'a> {
     from: BufReader<&'a File>,
@@ -464,7 +473,8 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn header(&mut self) -> Result<Header, String> {
+    /// The metadata, and the number of tensors that follow it.
+    fn metadata(&mut self) -> Result<(Metadata, usize), String> {
         if &self.bytes::<4>()? != b"GGUF" {
             return Err("is no GGUF file: it does not begin with GGUF".into());
         }
@@ -479,6 +489,11 @@ impl Reader<'_> {
             let kind = self.u32()?;
             metadata.insert(key, self.value(kind, 0)?);
         }
+        Ok((metadata, tensors))
+    }
+
+    fn header(&mut self) -> Result<Header, String> {
+        let (metadata, tensors) = self.metadata()?;
         let mut infos = BTreeMap::new();
         for _ in 0..tensors {
             let name = self.text()?;

@@ -83,7 +83,7 @@ impl Progress {
         let _ = writeln!(log, "{}", Value::Object(line));
         self.bar.set_position(step);
         let shown: Vec<String> =
-            numbers.iter().take(3).map(|(n, v)| format!("{} {v:.3}", short(n))).collect();
+            numbers.iter().take(3).map(|(n, v)| format!("{} {}", short(n), legible(*v))).collect();
         if self.bar.is_hidden() && step.is_multiple_of(self.every) {
             let all = self.bar.length().unwrap_or(step);
             eprintln!("{stage:>8} {step}/{all}  {}", shown.join("  "));
@@ -114,6 +114,10 @@ fn points(line: &str) -> Vec<Point> {
             Some(Point { stage, step, name, value: value.as_f64()? })
         })
         .collect()
+}
+
+fn legible(value: f64) -> String {
+    if value != 0.0 && value.abs() < 1e-3 { format!("{value:.1e}") } else { format!("{value:.3}") }
 }
 
 fn short(name: &str) -> &str {
