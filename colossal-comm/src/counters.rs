@@ -1,70 +1,19 @@
 //! How often each verb was called, and how many bytes this rank sent.
 //!
 //! Bytes follow the lower bounds of the literature (n bytes in the full buffer, p ranks):
-//! all_reduce 2n(p-1)/p; reduce_scatter, all_gather, all_to_all n(p-1)/p; broadcast and scatter
-//! n at the root; reduce, gather and send n at the senders.
+//! all_reduce 2n(p-1)/p; reduce_scatter, all_gather, all_to_all n(p-1)/p; scatter n(p-1)/p and
+//! broadcast n at the root; reduce, gather, shift and send n at the senders. Compressed forms count
+//! the bytes of what is sent.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A collective or a message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[allow(missing_docs, reason = "the variants are the verbs of Group")]
-pub enum Verb {
-    AllReduce,
-    ReduceScatter,
-    AllGather,
-    AllToAll,
-    Broadcast,
-    Reduce,
-    Gather,
-    Scatter,
-    Send,
-    Recv,
-    Barrier,
-    Split,
-}
-
-impl Verb {
-    /// All verbs.
-    pub const ALL: [Verb; 12] = [
-        Verb::AllReduce,
-        Verb::ReduceScatter,
-        Verb::AllGather,
-        Verb::AllToAll,
-        Verb::Broadcast,
-        Verb::Reduce,
-        Verb::Gather,
-        Verb::Scatter,
-        Verb::Send,
-        Verb::Recv,
-        Verb::Barrier,
-        Verb::Split,
-    ];
-
-    /// The name of its method.
-    pub fn name(self) -> &'static str {
-        match self {
-            Verb::AllReduce => "all_reduce",
-            Verb::ReduceScatter => "reduce_scatter",
-            Verb::AllGather => "all_gather",
-            Verb::AllToAll => "all_to_all",
-            Verb::Broadcast => "broadcast",
-            Verb::Reduce => "reduce",
-            Verb::Gather => "gather",
-            Verb::Scatter => "scatter",
-            Verb::Send => "send",
-            Verb::Recv => "recv",
-            Verb::Barrier => "barrier",
-            Verb::Split => "split",
-        }
-    }
-}
+use crate::call::Verb;
 
 /// A reading of a group's counters, of this rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counters {
-    calls: [u64; 12],
-    bytes: [u64; 12],
+    calls: [u64; 13],
+    bytes: [u64; 13],
 }
 
 impl Counters {
@@ -91,8 +40,8 @@ impl Counters {
 
 #[derive(Debug, Default)]
 pub(crate) struct Counting {
-    calls: [AtomicU64; 12],
-    bytes: [AtomicU64; 12],
+    calls: [AtomicU64; 13],
+    bytes: [AtomicU64; 13],
 }
 
 impl Counting {

@@ -1,58 +1,74 @@
-//! What can go wrong between ranks: which op, who is missing, what each side called.
+//! What can go wrong between ranks: which op, who is missing, what each side called and where.
 
 /// The result of a collective.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a collective could not be completed. After any of these the group is unusable: every
-/// later call on it, on every rank, returns the first failure.
+/// Why a collective could not be completed. After any of these but [`Error::Argument`] the group
+/// is unusable: every later call on it, on every rank, returns the first failure.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// Ranks did not arrive in time.
     #[error(
-        "{op} (call {sequence}): rank {rank} waited {seconds} s for rank(s) {missing:?}; {doing}"
+        "{op} (call {sequence} of group {group}): rank {rank} waited {seconds} for rank(s) {missing:?}; {doing}"
     )]
     Timeout {
-        /// What was called.
+        /// What was called, and where.
         op: String,
+        /// The name of the group.
+        group: String,
         /// Which call of this group it was, counted from 0.
         sequence: u64,
         /// Who gave up.
         rank: usize,
         /// Who did not come.
         missing: Vec<usize>,
-        /// How long it waited.
-        seconds: u64,
-        /// What the missing ranks did last.
+        /// How long it waited, such as `60s`.
+        seconds: String,
+        /// What every rank is in, or did last.
         doing: String,
     },
     /// Ranks called different things.
     #[error(
-        "call {sequence}: rank {left_rank} called {left}, rank {right_rank} called {right}; every rank must call the same collective with the same type and length"
+        "call {sequence} of group {group}: rank {left_rank} called {left}, rank {right_rank} called {right}; every rank must call the same collective with the same type and length"
     )]
     Mismatch {
+        /// The name of the group.
+        group: String,
         /// Which call of this group it was.
         sequence: u64,
         /// One rank.
         left_rank: usize,
-        /// What it called.
+        /// What it called, and where.
         left: String,
         /// Another rank.
         right_rank: usize,
-        /// What it called.
+        /// What it called, and where.
         right: String,
     },
     /// A rank panicked, or dropped its group, while others waited for it.
-    #[error("{op} (call {sequence}): rank {rank} is gone ({how}); it will never arrive")]
+    #[error(
+        "{op} (call {sequence} of group {group}): rank {rank} is gone ({how}); it will never arrive"
+    )]
     Gone {
-        /// What was called.
+        /// What was called, and where.
         op: String,
+        /// The name of the group.
+        group: String,
         /// Which call of this group it was.
         sequence: u64,
         /// Who is gone.
         rank: usize,
         /// Panicked, or dropped its group.
         how: String,
+    },
+    /// The library under an engine refused, or could not be used.
+    #[error("{op}: {reason}")]
+    Engine {
+        /// What was called.
+        op: String,
+        /// What it said, and what to do.
+        reason: String,
     },
     /// An argument of this rank alone is wrong; nothing was sent and the group stays usable.
     #[error("{op}: {reason}")]
@@ -73,5 +89,10 @@ impl Error {
     /// Did ranks call different things?
     pub fn is_mismatch(&self) -> bool {
         matches!(self, Error::Mismatch { .. })
+    }
+
+    /// Did a rank leave?
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Error::Gone { .. })
     }
 }

@@ -1,17 +1,24 @@
 #![doc = include_str!("../README.md")]
 
-mod barrier;
+mod call;
 mod counters;
 mod element;
+mod engine;
 mod error;
 mod group;
 mod in_flight;
-mod mailbox;
 mod mesh;
+mod message;
+mod ragged;
+mod recorder;
+mod start;
+mod threads;
 
-pub use counters::{Counters, Verb};
-pub use element::{Element, ReduceOp};
+pub use call::Verb;
+pub use counters::Counters;
+pub use element::{DType, Element, ReduceOp};
 pub use error::{Error, Result};
 pub use group::{Config, Group, on_ranks};
 pub use in_flight::Pending;
 pub use mesh::Mesh;
+pub use message::Message;

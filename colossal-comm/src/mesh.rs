@@ -35,6 +35,7 @@ impl Mesh {
     /// # Errors
     /// [`Error::Argument`] when the sizes do not multiply to the number of ranks, or a name is
     /// used twice.
+    #[track_caller]
     pub fn new(world: &Group, axes: &[(&'static str, usize)]) -> Result<Mesh> {
         let refuse = |reason| Err(Error::Argument { op: "mesh", reason });
         let product: usize = axes.iter().map(|(_, n)| n).product();
@@ -55,7 +56,7 @@ impl Mesh {
             // Ranks that differ along this axis only share a colour: their rank with it at 0.
             let mut base = coords.clone();
             base[axis] = 0;
-            groups.push(world.split(index(&base, axes))?);
+            groups.push(world.split_named(index(&base, axes), axes[axis].0)?);
         }
         Ok(Mesh(Arc::new(Inner { axes: axes.to_vec(), coords, groups, world: world.clone() })))
     }

@@ -1,0 +1,58 @@
+//! Times collectives: a line `verb bytes microseconds` for each verb and size.
+//!
+//! `collectives [RANKS] [LARGEST_BYTES]`; sizes are of the full buffer of one rank, in f32. Calls go back to back;
+//! the figure is the slowest rank's, the median of five turns. `cargo xtask bench comm` puts it
+//! beside the same program in C over MPI.
+
+use std::time::Instant;
+
+use colossal_comm::{Group, ReduceOp, Result, on_ranks};
+
+const SIZES: [(usize, usize); 5] =
+    [(1 << 10, 1000), (64 << 10, 500), (1 << 20, 60), (16 << 20, 9), (128 << 20, 3)];
+const VERBS: [&str; 5] = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"];
+
+fn main() {
+    let numbers: Vec<usize> = std::env::args().skip(1).filter_map(|n| n.parse().ok()).collect();
+    let ranks = numbers.first().copied().unwrap_or(2);
+    let largest = numbers.get(1).copied().unwrap_or(16 << 20);
+    let lines = on_ranks(ranks, |group| time(&group, largest));
+    match &lines[0] {
+        Ok(lines) => lines.iter().for_each(|line| println!("{line}")),
+        Err(e) => eprintln!("{e}"),
+    }
+}
+
+fn time(group: &Group, largest: usize) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for (bytes, repeats) in SIZES.into_iter().filter(|(bytes, _)| *bytes <= largest) {
+        let n = bytes / 4;
+        let (mut full, mut other) = (vec![1e-30f32; n], vec![1e-30f32; n]);
+        let mut part = vec![1e-30f32; n / group.world_size()];
+        for verb in VERBS {
+            let mut call = || match verb {
+                "all_reduce" => group.all_reduce(&mut full, ReduceOp::Sum),
+                "all_gather" => group.all_gather(&part, &mut other),
+                "reduce_scatter" => group.reduce_scatter(&full, &mut part, ReduceOp::Sum),
+                "all_to_all" => group.all_to_all(&full, &mut other),
+                _ => group.broadcast(&mut full, 0),
+            };
+            call()?;
+            call()?;
+            let mut turns = [0.0f64; 5];
+            for turn in &mut turns {
+                group.barrier()?;
+                let start = Instant::now();
+                for _ in 0..repeats {
+                    call()?;
+                }
+                let mut slowest = [start.elapsed().as_secs_f64() / repeats as f64];
+                group.all_reduce(&mut slowest, ReduceOp::Max)?;
+                *turn = slowest[0];
+            }
+            turns.sort_by(f64::total_cmp);
+            lines.push(format!("{verb} {bytes} {:.2}", turns[2] * 1e6));
+        }
+    }
+    Ok(lines)
+}

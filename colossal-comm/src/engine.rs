@@ -1,0 +1,142 @@
+//! What an engine must do: move bytes between ranks as a call says, or fail within the time-out.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::call::Call;
+use crate::error::{Error, Result};
+
+/// How a buffer is cut into one part for each rank, in elements.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Parts<'a> {
+    /// All of this length.
+    Even(usize),
+    /// One length each.
+    Ragged(&'a [usize]),
+}
+
+impl Parts<'_> {
+    pub(crate) fn len(&self, rank: usize) -> usize {
+        match self {
+            Parts::Even(len) => *len,
+            Parts::Ragged(counts) => counts[rank],
+        }
+    }
+
+    pub(crate) fn offset(&self, rank: usize) -> usize {
+        match self {
+            Parts::Even(len) => rank * len,
+            Parts::Ragged(counts) => counts[..rank].iter().sum(),
+        }
+    }
+}
+
+/// This rank's buffers: bytes of `dtype` elements. Where a verb works in place, both are one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Io<'a> {
+    pub(crate) input: *const u8,
+    pub(crate) output: *mut u8,
+    /// How an all-to-all's input is cut.
+    pub(crate) send: Parts<'a>,
+    /// How the output is cut, or the input of a reduce-scatter or scatter.
+    pub(crate) recv: Parts<'a>,
+}
+
+/// A direction of messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    Send,
+    Recv,
+}
+
+/// A message that was posted, to be settled.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ticket {
+    pub(crate) way: Way,
+    pub(crate) peer: usize,
+    pub(crate) number: u64,
+    pub(crate) call: Call,
+}
+
+/// One rank's access to its group. Collectives of one handle are serialised by the engine.
+pub(crate) trait Engine: Send + Sync + std::fmt::Debug {
+    /// Runs a collective to its end.
+    ///
+    /// # Safety
+    /// `io` holds the buffers that `call` describes, valid for this call. When it returns, with
+    /// or without an error, nobody uses them any more.
+    unsafe fn collective(&self, call: &Call, io: Io<'_>) -> Result<()>;
+
+    /// Posts a message without waiting.
+    ///
+    /// # Safety
+    /// `address` holds `call.len` elements that stay valid, and are left alone by others, until
+    /// the ticket is settled or adopted.
+    unsafe fn post(&self, way: Way, call: &Call, peer: usize, address: *mut u8) -> Result<Ticket>;
+
+    /// Waits until a message has arrived. Afterwards, also after an error, nobody uses its buffer.
+    fn settle(&self, ticket: &Ticket) -> Result<()>;
+
+    /// Would [`Engine::settle`] return at once?
+    fn is_settled(&self, ticket: &Ticket) -> bool;
+
+    /// Keeps a message's buffer until the message has arrived: nobody waits for it any more.
+    fn adopt(&self, ticket: &Ticket, buffer: Box<dyn Send>);
+
+    /// New engines for this rank among `members`, all of whom call it with the same colour:
+    /// one for blocking calls, one for those in flight.
+    fn split(&self, color: usize, members: &[usize], name: String) -> Result<[Arc<dyn Engine>; 2]>;
+
+    /// The group's name.
+    fn name(&self) -> &str;
+
+    /// What the ranks that this engine can see called last.
+    fn report(&self) -> Value;
+
+    /// This rank will call nothing any more.
+    fn leave(&self);
+}
+
+/// A group of one: copies.
+#[derive(Debug)]
+pub(crate) struct Solo;
+
+impl Engine for Solo {
+    unsafe fn collective(&self, call: &Call, io: Io<'_>) -> Result<()> {
+        if !std::ptr::eq(io.input, io.output) {
+            // SAFETY: with one rank every verb's input and output are `call.len` elements.
+            unsafe { std::ptr::copy_nonoverlapping(io.input, io.output, call.bytes()) };
+        }
+        Ok(())
+    }
+
+    unsafe fn post(&self, _: Way, call: &Call, peer: usize, _: *mut u8) -> Result<Ticket> {
+        let reason = format!("there is no rank {peer} in a group of one");
+        Err(Error::Argument { op: call.verb.name(), reason })
+    }
+
+    fn settle(&self, _: &Ticket) -> Result<()> {
+        Ok(())
+    }
+
+    fn is_settled(&self, _: &Ticket) -> bool {
+        true
+    }
+
+    fn adopt(&self, _: &Ticket, _: Box<dyn Send>) {}
+
+    fn split(&self, _: usize, _: &[usize], _: String) -> Result<[Arc<dyn Engine>; 2]> {
+        Ok([Arc::new(Solo), Arc::new(Solo)])
+    }
+
+    fn name(&self) -> &str {
+        "solo"
+    }
+
+    fn report(&self) -> Value {
+        serde_json::json!({ "group": "solo", "world_size": 1, "ranks": [] })
+    }
+
+    fn leave(&self) {}
+}
