@@ -100,7 +100,7 @@ impl DType {
 /// once; integers wrap.
 pub trait Element: bytemuck::Pod + Send + Sync + std::fmt::Debug {
     /// The type as a value.
-    const DTYPE: DType;
+    const TYPE: DType;
     /// The name in messages.
     const NAME: &'static str;
 }
@@ -121,7 +121,7 @@ macro_rules! numbers {
     ($($t:ty, $variant:ident, $acc:ty, $zero:expr, $widen:expr, $narrow:expr, $plus:expr, $divide:expr;)*) => {
         $(
         impl Element for $t {
-            const DTYPE: DType = DType::$variant;
+            const TYPE: DType = DType::$variant;
             const NAME: &'static str = stringify!($t);
         }
         impl Number for $t {

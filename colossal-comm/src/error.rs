@@ -1,5 +1,8 @@
 //! What can go wrong between ranks: which op, who is missing, what each side called and where.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 /// The result of a collective.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -10,21 +13,21 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// Ranks did not arrive in time.
     #[error(
-        "{op} (call {sequence} of group {group}): rank {rank} waited {seconds} for rank(s) {missing:?}; {doing}"
+        "{op} (call {sequence} of group {group}): rank {rank} waited {waited:?} for rank(s) {missing:?}; {doing}"
     )]
     Timeout {
         /// What was called, and where.
         op: String,
         /// The name of the group.
-        group: String,
+        group: Arc<str>,
         /// Which call of this group it was, counted from 0.
         sequence: u64,
         /// Who gave up.
         rank: usize,
         /// Who did not come.
         missing: Vec<usize>,
-        /// How long it waited, such as `60s`.
-        seconds: String,
+        /// How long it waited.
+        waited: Duration,
         /// What every rank is in, or did last.
         doing: String,
     },
@@ -34,7 +37,7 @@ pub enum Error {
     )]
     Mismatch {
         /// The name of the group.
-        group: String,
+        group: Arc<str>,
         /// Which call of this group it was.
         sequence: u64,
         /// One rank.
@@ -54,7 +57,7 @@ pub enum Error {
         /// What was called, and where.
         op: String,
         /// The name of the group.
-        group: String,
+        group: Arc<str>,
         /// Which call of this group it was.
         sequence: u64,
         /// Who is gone.

@@ -272,7 +272,7 @@ impl Group {
     #[track_caller]
     pub(crate) fn all_reduce_call<T: Element>(&self, len: usize, op: ReduceOp) -> Call {
         self.count(Verb::AllReduce, 2 * self.share::<T>(len));
-        Call::new(Verb::AllReduce, T::DTYPE, len, Location::caller()).op(op)
+        Call::new(Verb::AllReduce, T::TYPE, len, Location::caller()).op(op)
     }
 
     #[track_caller]
@@ -284,14 +284,14 @@ impl Group {
     ) -> Result<Call> {
         self.times("reduce_scatter", ("input", input), ("output", output))?;
         self.count(Verb::ReduceScatter, self.share::<T>(input));
-        Ok(Call::new(Verb::ReduceScatter, T::DTYPE, input, Location::caller()).op(op))
+        Ok(Call::new(Verb::ReduceScatter, T::TYPE, input, Location::caller()).op(op))
     }
 
     #[track_caller]
     pub(crate) fn all_gather_call<T: Element>(&self, input: usize, output: usize) -> Result<Call> {
         self.times("all_gather", ("output", output), ("input", input))?;
         self.count(Verb::AllGather, self.share::<T>(output));
-        Ok(Call::new(Verb::AllGather, T::DTYPE, output, Location::caller()))
+        Ok(Call::new(Verb::AllGather, T::TYPE, output, Location::caller()))
     }
 
     #[track_caller]
@@ -304,7 +304,7 @@ impl Group {
             return Err(Error::Argument { op: "all_to_all", reason });
         }
         self.count(Verb::AllToAll, self.share::<T>(input));
-        Ok(Call::new(Verb::AllToAll, T::DTYPE, input, Location::caller()))
+        Ok(Call::new(Verb::AllToAll, T::TYPE, input, Location::caller()))
     }
 
     #[track_caller]
@@ -312,7 +312,7 @@ impl Group {
         self.has("broadcast", root)?;
         let sends = self.rank() == root && self.world_size() > 1;
         self.count(Verb::Broadcast, if sends { size_of::<T>() * len } else { 0 });
-        Ok(Call::new(Verb::Broadcast, T::DTYPE, len, Location::caller()).root(root))
+        Ok(Call::new(Verb::Broadcast, T::TYPE, len, Location::caller()).root(root))
     }
 
     #[track_caller]
@@ -324,7 +324,7 @@ impl Group {
     ) -> Result<Call> {
         self.has("reduce", root)?;
         self.count(Verb::Reduce, if self.rank() == root { 0 } else { size_of::<T>() * len });
-        Ok(Call::new(Verb::Reduce, T::DTYPE, len, Location::caller()).op(op).root(root))
+        Ok(Call::new(Verb::Reduce, T::TYPE, len, Location::caller()).op(op).root(root))
     }
 
     #[track_caller]
@@ -340,7 +340,7 @@ impl Group {
         }
         self.count(Verb::Gather, if self.rank() == root { 0 } else { size_of::<T>() * input });
         let len = self.world_size() * input;
-        Ok(Call::new(Verb::Gather, T::DTYPE, len, Location::caller()).root(root))
+        Ok(Call::new(Verb::Gather, T::TYPE, len, Location::caller()).root(root))
     }
 
     #[track_caller]
@@ -356,7 +356,7 @@ impl Group {
         }
         let len = self.world_size() * output;
         self.count(Verb::Scatter, if self.rank() == root { self.share::<T>(len) } else { 0 });
-        Ok(Call::new(Verb::Scatter, T::DTYPE, len, Location::caller()).root(root))
+        Ok(Call::new(Verb::Scatter, T::TYPE, len, Location::caller()).root(root))
     }
 
     #[track_caller]
@@ -372,7 +372,7 @@ impl Group {
         }
         let by = by % self.world_size();
         self.count(Verb::Shift, if by == 0 { 0 } else { size_of::<T>() * input });
-        Ok(Call::new(Verb::Shift, T::DTYPE, input, Location::caller()).root(by))
+        Ok(Call::new(Verb::Shift, T::TYPE, input, Location::caller()).root(by))
     }
 
     fn times(&self, op: &'static str, long: (&str, usize), short: (&str, usize)) -> Result<()> {

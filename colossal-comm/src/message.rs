@@ -128,6 +128,6 @@ impl Group {
             return Err(Error::Argument { op: verb.name(), reason });
         }
         self.count(verb, if way == Way::Send { size_of::<T>() * len } else { 0 });
-        Ok(Call::new(verb, T::DTYPE, len, site).root(peer))
+        Ok(Call::new(verb, T::TYPE, len, site).root(peer))
     }
 }

@@ -183,7 +183,7 @@ impl Group {
         self.has_len("all_gather_v", "input", input, mine)?;
         self.has_len("all_gather_v", "output", output, total)?;
         self.count(Verb::AllGather, size_of::<T>() * mine * (self.world_size() - 1));
-        Ok(Call::new(Verb::AllGather, T::DTYPE, total, Location::caller()).ragged(counts))
+        Ok(Call::new(Verb::AllGather, T::TYPE, total, Location::caller()).ragged(counts))
     }
 
     #[track_caller]
@@ -199,7 +199,7 @@ impl Group {
         self.has_len("reduce_scatter_v", "output", output, mine)?;
         self.has_len("reduce_scatter_v", "input", input, total)?;
         self.count(Verb::ReduceScatter, size_of::<T>() * (total - mine));
-        let call = Call::new(Verb::ReduceScatter, T::DTYPE, total, Location::caller());
+        let call = Call::new(Verb::ReduceScatter, T::TYPE, total, Location::caller());
         Ok(call.op(op).ragged(counts))
     }
 
@@ -218,7 +218,7 @@ impl Group {
         self.has_len(op, "this rank's own part", recv[self.rank()], send[self.rank()])?;
         self.count(Verb::AllToAll, size_of::<T>() * (sends - send[self.rank()]));
         // The lengths differ from rank to rank: the engine compares each pair.
-        let call = Call::new(Verb::AllToAll, T::DTYPE, 0, Location::caller());
+        let call = Call::new(Verb::AllToAll, T::TYPE, 0, Location::caller());
         Ok(if self.world_size() == 1 { Call { len: input, ..call } } else { call.ragged(&[]) })
     }
 

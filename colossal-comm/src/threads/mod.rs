@@ -56,8 +56,12 @@ struct Shared {
     failure: Mutex<Option<Error>>,
     /// At `from * ranks + to`.
     mail: Box<[Mailbox]>,
-    children: Mutex<HashMap<(u64, usize), [Arc<Shared>; 2]>>,
+    /// Groups that are being split off, by call and colour.
+    children: Mutex<HashMap<(u64, usize), Pair>>,
 }
+
+/// The rendezvous of blocking calls, and that of calls in flight.
+type Pair = [Arc<Shared>; 2];
 
 const HERE: u8 = 0;
 const LEFT: u8 = 1;
@@ -111,14 +115,14 @@ impl Threads {
         (0..n).map(|rank| Threads::engines(rank, &pair)).collect()
     }
 
-    fn engines(rank: usize, pair: &[Arc<Shared>; 2]) -> [Arc<dyn Engine>; 2] {
+    fn engines(rank: usize, pair: &Pair) -> [Arc<dyn Engine>; 2] {
         pair.each_ref()
             .map(|shared| -> Arc<dyn Engine> { Arc::new(Threads { rank, shared: shared.clone() }) })
     }
 }
 
 impl Shared {
-    fn pair(ranks: usize, config: Config, name: String) -> [Arc<Shared>; 2] {
+    fn pair(ranks: usize, config: Config, name: String) -> Pair {
         let flight = format!("{name} (in flight)");
         [Shared::new(ranks, config, name, false), Shared::new(ranks, config, flight, true)]
     }
@@ -232,7 +236,7 @@ impl Shared {
             sequence,
             rank,
             missing,
-            seconds: format!("{:?}", self.config.timeout),
+            waited: self.config.timeout,
             doing: self.recorder.doing(),
         }
     }

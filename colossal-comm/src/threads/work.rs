@@ -22,11 +22,9 @@ const LINE: usize = 64;
 /// used.
 pub(super) fn payload(call: &Call, rank: usize, ranks: usize) -> Option<usize> {
     match call.verb {
-        Verb::AllReduce
-        | Verb::Reduce
-        | Verb::ReduceScatter
-        | Verb::AllToAll
-        | Verb::Shift => Some(call.bytes()),
+        Verb::AllReduce | Verb::Reduce | Verb::ReduceScatter | Verb::AllToAll | Verb::Shift => {
+            Some(call.bytes())
+        }
         Verb::AllGather | Verb::Gather => Some(call.bytes() / ranks),
         Verb::Broadcast | Verb::Scatter => (call.root == Some(rank)).then(|| call.bytes()),
         Verb::Send | Verb::Recv | Verb::Barrier | Verb::Split => None,
@@ -140,7 +138,9 @@ impl<'a> Work<'a> {
                     let start = self.parts.offset(r) + at;
                     reduce(start, &[self.outputs[r].add(at * size)]);
                 }
-                Verb::Shift => copy(self.inputs[(r + n - self.root()) % n], at, self.outputs[r], at, len),
+                Verb::Shift => {
+                    copy(self.inputs[(r + n - self.root()) % n], at, self.outputs[r], at, len)
+                }
                 Verb::Broadcast => copy(self.inputs[self.root()], at, self.outputs[r], at, len),
                 Verb::Scatter => {
                     let start = self.parts.offset(r) + at;
