@@ -12,6 +12,7 @@ mod floor;
 mod gemm;
 mod isa;
 mod math;
+pub mod memory;
 mod multi;
 mod norm;
 pub mod profile;

@@ -261,6 +261,12 @@ impl<T> Parts<T> {
         self.1
     }
 
+    /// Where `range` starts, checked to be in bounds.
+    pub(crate) fn at(&self, range: Range<usize>) -> *mut T {
+        assert!(range.start <= range.end && range.end <= self.1);
+        self.0.wrapping_add(range.start)
+    }
+
     /// The elements of `range`.
     ///
     /// # Safety

@@ -4,13 +4,12 @@
 //! step: after the first training step nothing is asked of the system. Memory is zeroed when it
 //! first comes from the system, so a recycled buffer holds old values but never undefined ones.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ptr::NonNull;
 use std::sync::Arc;
 
 use bytemuck::Pod;
+use colossal_kernels::memory::Block;
 
 /// Every buffer starts on a cache line.
 const ALIGN: usize = 64;
@@ -18,15 +17,10 @@ const ALIGN: usize = 64;
 /// An owned, aligned run of bytes that goes back to its thread's cache when dropped.
 #[derive(Debug)]
 pub struct Buffer {
-    ptr: NonNull<u8>,
+    /// There until the buffer is dropped.
+    block: Option<Block>,
     bytes: usize,
-    capacity: usize,
 }
-
-// SAFETY: a Buffer owns its memory exclusively; bytes have no thread affinity.
-unsafe impl Send for Buffer {}
-// SAFETY: shared access only reads; mutation needs `&mut Buffer`.
-unsafe impl Sync for Buffer {}
 
 impl Buffer {
     /// A buffer of `len` elements whose values are unspecified (but initialised).
@@ -37,12 +31,8 @@ impl Buffer {
     /// A buffer of `bytes` bytes whose values are unspecified (but initialised).
     pub fn with_bytes(bytes: usize) -> Buffer {
         let capacity = size_class(bytes);
-        let ptr = CACHE
-            .try_with(|c| c.borrow_mut().take(capacity))
-            .ok()
-            .flatten()
-            .unwrap_or_else(|| allocate(capacity));
-        Buffer { ptr, bytes, capacity }
+        let kept = CACHE.try_with(|c| c.borrow_mut().take(capacity)).ok().flatten();
+        Buffer { block: Some(kept.unwrap_or_else(|| Block::zeroed(capacity))), bytes }
     }
 
     /// A buffer of `len` zeros.
@@ -66,24 +56,21 @@ impl Buffer {
 
     /// The contents as elements of `T`. Panics if the length is not a multiple of `T`'s size.
     pub fn as_slice<T: Pod>(&self) -> &[T] {
-        // SAFETY: `ptr` is valid for `bytes` initialised bytes while `self` lives.
-        bytemuck::cast_slice(unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.bytes) })
+        bytemuck::cast_slice(self.block.as_ref().map_or(&[], |b| b.bytes(self.bytes)))
     }
 
     /// The contents as mutable elements of `T`. Panics as [`Buffer::as_slice`] does.
     pub fn as_mut_slice<T: Pod>(&mut self) -> &mut [T] {
-        // SAFETY: as in `as_slice`, and `&mut self` makes the access exclusive.
-        bytemuck::cast_slice_mut(unsafe {
-            std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.bytes)
-        })
+        let bytes = self.bytes;
+        bytemuck::cast_slice_mut(self.block.as_mut().map_or(&mut [], |b| b.bytes_mut(bytes)))
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let kept = CACHE.try_with(|c| c.borrow_mut().put(self.ptr, self.capacity)).unwrap_or(false);
-        if !kept {
-            release(self.ptr, self.capacity);
+        if let Some(block) = self.block.take() {
+            // After the thread's cache is gone the block is freed.
+            let _ = CACHE.try_with(|c| c.borrow_mut().put(block));
         }
     }
 }
@@ -158,9 +145,7 @@ pub fn reset_peak() {
 pub fn release_cached() {
     CACHE.with(|c| {
         let mut cache = c.borrow_mut();
-        for (capacity, free) in cache.free.drain() {
-            free.into_iter().for_each(|p| release(p.0, capacity));
-        }
+        cache.free.clear();
         cache.stats.cached = 0;
     });
 }
@@ -171,24 +156,22 @@ thread_local! {
 
 #[derive(Default)]
 struct Cache {
-    free: HashMap<usize, Vec<Free>>,
+    free: HashMap<usize, Vec<Block>>,
     stats: MemoryStats,
 }
-
-struct Free(NonNull<u8>);
 
 /// Cached memory is bounded by the peak of live memory, and by this when little was ever live.
 const CACHE_FLOOR: usize = 64 << 20;
 
 impl Cache {
-    fn take(&mut self, capacity: usize) -> Option<NonNull<u8>> {
+    fn take(&mut self, capacity: usize) -> Option<Block> {
         let stats = &mut self.stats;
         stats.in_use += capacity;
         stats.peak = stats.peak.max(stats.in_use);
         match self.free.get_mut(&capacity).and_then(Vec::pop) {
-            Some(Free(p)) => {
+            Some(block) => {
                 stats.cached -= capacity;
-                Some(p)
+                Some(block)
             }
             None => {
                 stats.system_allocations += 1;
@@ -197,23 +180,15 @@ impl Cache {
         }
     }
 
-    fn put(&mut self, ptr: NonNull<u8>, capacity: usize) -> bool {
+    fn put(&mut self, block: Block) {
+        let capacity = block.capacity();
         // A buffer may be dropped on another thread than its own: the counter saturates.
         self.stats.in_use = self.stats.in_use.saturating_sub(capacity);
         if self.stats.cached + capacity > self.stats.peak.max(CACHE_FLOOR) {
-            return false;
+            return;
         }
         self.stats.cached += capacity;
-        self.free.entry(capacity).or_default().push(Free(ptr));
-        true
-    }
-}
-
-impl Drop for Cache {
-    fn drop(&mut self) {
-        for (capacity, free) in self.free.drain() {
-            free.into_iter().for_each(|p| release(p.0, capacity));
-        }
+        self.free.entry(capacity).or_default().push(block);
     }
 }
 
@@ -222,23 +197,6 @@ fn size_class(bytes: usize) -> usize {
     let bytes = bytes.max(ALIGN);
     let step = (bytes.next_power_of_two() / 16).max(ALIGN);
     bytes.div_ceil(step) * step
-}
-
-fn block(capacity: usize) -> Layout {
-    Layout::from_size_align(capacity, ALIGN)
-        .expect("a tensor is smaller than half the address space")
-}
-
-fn allocate(capacity: usize) -> NonNull<u8> {
-    let layout = block(capacity);
-    // SAFETY: the layout has a non-zero size (size_class is at least ALIGN).
-    let ptr = unsafe { alloc_zeroed(layout) };
-    NonNull::new(ptr).unwrap_or_else(|| handle_alloc_error(layout))
-}
-
-fn release(ptr: NonNull<u8>, capacity: usize) {
-    // SAFETY: `ptr` came from `allocate` with this capacity and is not used again.
-    unsafe { dealloc(ptr.as_ptr(), block(capacity)) }
 }
 
 #[cfg(test)]

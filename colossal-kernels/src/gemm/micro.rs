@@ -1,27 +1,34 @@
 //! The micro-kernels: a tile of `MR x NR` sums held in registers.
 
 use crate::float::Float;
-use crate::isa::Isa;
+use crate::isa::{Isa, isa};
 
 /// The largest tile of any kernel.
 pub(super) const TILE: usize = 14 * 32;
 
-/// A micro-kernel and the panel format it reads.
+/// A micro-kernel. It reads `b` from a panel, one step of depth after the other, and the `MR`
+/// rows of `a` at any stride: a panel, a row-major or a column-major matrix.
+///
+/// A step of depth is one f32, or a pair of bf16 in the room of one.
 #[derive(Clone, Copy)]
-pub(super) struct Kernel {
-    pub(super) mr: usize,
-    pub(super) nr: usize,
-    /// Panels hold pairs of bf16.
-    pub(super) pairs: bool,
-    /// `(depth in steps, panel of a, panel of b, tile)`
-    run: unsafe fn(usize, *const f32, *const f32, *mut f32),
+pub(crate) struct Kernel {
+    /// Rows of a tile.
+    pub(crate) mr: usize,
+    /// Columns of a tile.
+    pub(crate) nr: usize,
+    /// Steps are pairs of bf16.
+    pub(crate) pairs: bool,
+    run: Run,
 }
 
+/// `(steps, a, strides of a by row and by step, panel of b, c, row stride of c, add to c)`
+type Run = unsafe fn(usize, *const f32, [usize; 2], *const f32, *mut f32, usize, bool);
+
 impl Kernel {
-    /// The best kernel for `T` under `isa`.
-    pub(super) fn choose<T: Float>(isa: Isa) -> Kernel {
+    /// The best kernel for `T` on this machine.
+    pub(crate) fn of<T: Float>() -> Kernel {
         #[cfg(target_arch = "x86_64")]
-        match isa {
+        match isa() {
             Isa::Avx512Bf16 if T::NAME == "bf16" => {
                 return Kernel { mr: 14, nr: 32, pairs: true, run: x86::bf16_14x32 };
             }
@@ -31,49 +38,96 @@ impl Kernel {
             Isa::Avx2 => return Kernel { mr: 6, nr: 16, pairs: false, run: x86::f32_6x16 },
             Isa::Portable => {}
         }
-        let _ = isa;
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = isa();
         Kernel { mr: 4, nr: 16, pairs: false, run: portable_4x16 }
     }
 
     /// Floats of a panel of `width` rows and depth `k`.
-    pub(super) fn panel(&self, width: usize, k: usize) -> usize {
+    pub(crate) fn panel(&self, width: usize, k: usize) -> usize {
         width * self.steps(k)
     }
 
-    fn steps(&self, k: usize) -> usize {
+    /// Steps of depth `k`.
+    pub(crate) fn steps(&self, k: usize) -> usize {
         if self.pairs { k.div_ceil(2) } else { k }
     }
 
-    /// `tile = a b` over depth `k`.
+    /// `c = a b`, or `c += a b` with `add`: a whole tile, over `steps` of depth.
     #[inline(always)]
-    pub(super) fn run(&self, k: usize, a: &[f32], b: &[f32], tile: &mut [f32; TILE]) {
-        let steps = self.steps(k);
-        debug_assert!(a.len() >= steps * self.mr && b.len() >= steps * self.nr);
-        // SAFETY: `choose` picked a kernel of this machine's instructions; panels hold `steps`
-        // steps, and the tile is as large as that of any kernel.
-        unsafe { (self.run)(steps, a.as_ptr(), b.as_ptr(), tile.as_mut_ptr()) }
+    pub(crate) fn tile(
+        &self,
+        steps: usize,
+        a: &[f32],
+        strides: [usize; 2],
+        b: &[f32],
+        c: &mut [f32],
+        stride: usize,
+        add: bool,
+    ) {
+        assert!(c.len() >= (self.mr - 1) * stride + self.nr);
+        // SAFETY: the tile is in bounds by the assertion.
+        unsafe { self.tile_at(steps, a, strides, b, c.as_mut_ptr(), stride, add) }
+    }
+
+    /// As [`Kernel::tile`] where `c` interleaves with what other threads write.
+    ///
+    /// # Safety
+    /// `c` leads to a whole tile that is this thread's alone.
+    #[inline(always)]
+    pub(super) unsafe fn tile_at(
+        &self,
+        steps: usize,
+        a: &[f32],
+        strides: [usize; 2],
+        b: &[f32],
+        c: *mut f32,
+        stride: usize,
+        add: bool,
+    ) {
+        let [row, step] = strides;
+        assert!(
+            steps == 0
+                || (a.len() > (self.mr - 1) * row + (steps - 1) * step
+                    && b.len() >= steps * self.nr)
+        );
+        // SAFETY: `of` picked a kernel of this machine's instructions; a and b are in bounds by
+        // the assertion, c by contract.
+        unsafe { (self.run)(steps, a.as_ptr(), strides, b.as_ptr(), c, stride, add) }
     }
 }
 
 /// Plain code: four rows of sixteen.
 ///
 /// # Safety
-/// `a` holds `4 k` and `b` `16 k` floats, `tile` 64.
-unsafe fn portable_4x16(k: usize, a: *const f32, b: *const f32, tile: *mut f32) {
-    // SAFETY: by contract.
-    let (a, b) =
-        unsafe { (std::slice::from_raw_parts(a, 4 * k), std::slice::from_raw_parts(b, 16 * k)) };
+/// `a` has 4 rows of `steps` steps at these strides, `b` holds `16 steps` floats, `c` 4 rows of 16.
+unsafe fn portable_4x16(
+    steps: usize,
+    a: *const f32,
+    [row, step]: [usize; 2],
+    b: *const f32,
+    c: *mut f32,
+    stride: usize,
+    add: bool,
+) {
     let mut acc = [[0.0f32; 16]; 4];
-    for (a, b) in a.chunks_exact(4).zip(b.chunks_exact(16)) {
-        for (acc, a) in acc.iter_mut().zip(a) {
+    for k in 0..steps {
+        // SAFETY: by contract.
+        let b = unsafe { std::slice::from_raw_parts(b.add(16 * k), 16) };
+        for (i, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: by contract.
+            let a = unsafe { *a.add(i * row + k * step) };
             for (acc, b) in acc.iter_mut().zip(b) {
                 *acc += a * b;
             }
         }
     }
-    for (i, row) in acc.iter().enumerate() {
-        // SAFETY: by contract the tile has 4 rows of 16.
-        unsafe { std::ptr::copy_nonoverlapping(row.as_ptr(), tile.add(16 * i), 16) };
+    for (i, acc) in acc.iter().enumerate() {
+        // SAFETY: by contract.
+        let c = unsafe { std::slice::from_raw_parts_mut(c.add(i * stride), 16) };
+        for (c, acc) in c.iter_mut().zip(acc) {
+            *c = if add { *c + acc } else { *acc };
+        }
     }
 }
 
@@ -81,89 +135,79 @@ unsafe fn portable_4x16(k: usize, a: *const f32, b: *const f32, tile: *mut f32) 
 mod x86 {
     use std::arch::x86_64::*;
 
-    /// # Safety
-    /// AVX-512F; `a` holds `14 k` and `b` `32 k` floats, `tile` 448.
-    #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn f32_14x32(k: usize, a: *const f32, b: *const f32, tile: *mut f32) {
-        let mut acc = [[_mm512_setzero_ps(); 2]; 14];
-        for step in 0..k {
-            // SAFETY: by contract the panels hold `k` steps.
-            unsafe {
-                let b = b.add(32 * step);
-                let (b0, b1) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
-                let a = a.add(14 * step);
-                for (i, acc) in acc.iter_mut().enumerate() {
-                    let x = _mm512_set1_ps(*a.add(i));
-                    acc[0] = _mm512_fmadd_ps(x, b0, acc[0]);
-                    acc[1] = _mm512_fmadd_ps(x, b1, acc[1]);
+    /// A kernel of two vectors a row. `$product(acc, a, b)` adds a product to a sum.
+    macro_rules! kernel {
+        ($(#[$doc:meta])* $name:ident, $features:literal, $rows:literal, $lanes:literal,
+         $zero:ident, $load:ident, $store:ident, $add:ident, $broadcast:ident, $product:expr) => {
+            $(#[$doc])*
+            ///
+            /// # Safety
+            /// The instructions; `a` has the kernel's rows of `steps` steps at these strides, `b` is
+            /// a panel of `steps` steps, `c` has the kernel's rows, `stride` floats apart.
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn $name(
+                steps: usize,
+                a: *const f32,
+                [row, step]: [usize; 2],
+                b: *const f32,
+                c: *mut f32,
+                stride: usize,
+                add: bool,
+            ) {
+                const AHEAD: usize = 16;
+                let mut acc = [[$zero(); 2]; $rows];
+                for k in 0..steps {
+                    // SAFETY: by contract; a prefetch may point anywhere.
+                    unsafe {
+                        let b = b.add(2 * $lanes * k);
+                        _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(2 * $lanes * AHEAD).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(2 * $lanes * AHEAD + 16).cast());
+                        let (b0, b1) = ($load(b), $load(b.add($lanes)));
+                        let a = a.add(k * step);
+                        for (i, acc) in acc.iter_mut().enumerate() {
+                            let x = $broadcast(*a.add(i * row));
+                            acc[0] = $product(acc[0], x, b0);
+                            acc[1] = $product(acc[1], x, b1);
+                        }
+                    }
+                }
+                for (i, acc) in acc.iter().enumerate() {
+                    // SAFETY: by contract.
+                    unsafe {
+                        let c = c.add(i * stride);
+                        let (mut c0, mut c1) = (acc[0], acc[1]);
+                        if add {
+                            c0 = $add(c0, $load(c));
+                            c1 = $add(c1, $load(c.add($lanes)));
+                        }
+                        $store(c, c0);
+                        $store(c.add($lanes), c1);
+                    }
                 }
             }
-        }
-        for (i, acc) in acc.iter().enumerate() {
-            // SAFETY: by contract the tile has 14 rows of 32.
-            unsafe {
-                _mm512_storeu_ps(tile.add(32 * i), acc[0]);
-                _mm512_storeu_ps(tile.add(32 * i + 16), acc[1]);
-            }
-        }
-    }
-
-    /// # Safety
-    /// AVX-512 BF16; panels of pairs: `a` holds `14 k` and `b` `32 k` of them, `tile` 448 floats.
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    pub(super) unsafe fn bf16_14x32(k: usize, a: *const f32, b: *const f32, tile: *mut f32) {
-        let mut acc = [[_mm512_setzero_ps(); 2]; 14];
-        let pair = |x: __m512i| -> __m512bh {
-            // SAFETY: both are 512 bits without invalid values.
-            unsafe { std::mem::transmute(x) }
         };
-        for step in 0..k {
-            // SAFETY: by contract the panels hold `k` steps.
-            unsafe {
-                let b = b.add(32 * step).cast::<i32>();
-                let b0 = pair(_mm512_loadu_epi32(b));
-                let b1 = pair(_mm512_loadu_epi32(b.add(16)));
-                let a = a.add(14 * step).cast::<i32>();
-                for (i, acc) in acc.iter_mut().enumerate() {
-                    let x = pair(_mm512_set1_epi32(*a.add(i)));
-                    acc[0] = _mm512_dpbf16_ps(acc[0], x, b0);
-                    acc[1] = _mm512_dpbf16_ps(acc[1], x, b1);
-                }
-            }
-        }
-        for (i, acc) in acc.iter().enumerate() {
-            // SAFETY: by contract the tile has 14 rows of 32.
-            unsafe {
-                _mm512_storeu_ps(tile.add(32 * i), acc[0]);
-                _mm512_storeu_ps(tile.add(32 * i + 16), acc[1]);
-            }
-        }
     }
 
-    /// # Safety
-    /// AVX2 and FMA; `a` holds `6 k` and `b` `16 k` floats, `tile` 96.
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn f32_6x16(k: usize, a: *const f32, b: *const f32, tile: *mut f32) {
-        let mut acc = [[_mm256_setzero_ps(); 2]; 6];
-        for step in 0..k {
-            // SAFETY: by contract the panels hold `k` steps.
-            unsafe {
-                let b = b.add(16 * step);
-                let (b0, b1) = (_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8)));
-                let a = a.add(6 * step);
-                for (i, acc) in acc.iter_mut().enumerate() {
-                    let x = _mm256_set1_ps(*a.add(i));
-                    acc[0] = _mm256_fmadd_ps(x, b0, acc[0]);
-                    acc[1] = _mm256_fmadd_ps(x, b1, acc[1]);
-                }
-            }
-        }
-        for (i, acc) in acc.iter().enumerate() {
-            // SAFETY: by contract the tile has 6 rows of 16.
-            unsafe {
-                _mm256_storeu_ps(tile.add(16 * i), acc[0]);
-                _mm256_storeu_ps(tile.add(16 * i + 8), acc[1]);
-            }
-        }
+    kernel! {
+        /// AVX-512F.
+        f32_14x32, "avx512f", 14, 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_storeu_ps,
+        _mm512_add_ps, _mm512_set1_ps, |acc, a, b| _mm512_fmadd_ps(a, b, acc)
+    }
+    kernel! {
+        /// AVX-512 BF16.
+        bf16_14x32, "avx512f,avx512bf16", 14, 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_storeu_ps,
+        _mm512_add_ps, _mm512_set1_ps, |acc, a, b| _mm512_dpbf16_ps(acc, pair(a), pair(b))
+    }
+    kernel! {
+        /// AVX2 and FMA.
+        f32_6x16, "avx2,fma", 6, 8, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_storeu_ps,
+        _mm256_add_ps, _mm256_set1_ps, |acc, a, b| _mm256_fmadd_ps(a, b, acc)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn pair(x: __m512) -> __m512bh {
+        // SAFETY: both are 512 bits without invalid values.
+        unsafe { std::mem::transmute(x) }
     }
 }

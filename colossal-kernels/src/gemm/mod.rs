@@ -6,15 +6,16 @@
 //! kept in registers over the whole depth and passes through the epilogue once, on its way out.
 //! Few rows against a transposed `b` (decoding, small batches) go without packing: see `skinny`.
 
-mod micro;
-mod pack;
+pub(crate) mod micro;
+pub(crate) mod pack;
 mod skinny;
 
 use std::cell::RefCell;
 
 use crate::float::Float;
-use crate::isa::{isa, simd};
+use crate::isa::{Isa, isa, simd};
 use crate::math::{erf, sigmoid, tanh};
+use crate::memory::Block;
 use crate::profile::{self, Work};
 use crate::threads::{Parts, parallel_for};
 use micro::{Kernel, TILE};
@@ -118,28 +119,32 @@ impl<T> Default for Epilogue<'_, T> {
     }
 }
 
+impl<T> Epilogue<'_, T> {
+    fn is_plain(&self) -> bool {
+        self.alpha == 1.0 && self.bias.is_none() && self.activation == Activation::None
+    }
+}
+
 thread_local! {
     /// Scratch of this thread, grown once to the largest need.
-    static WORKSPACE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+    static WORKSPACE: RefCell<Vec<Block>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Lends `len` floats of this thread's scratch (unspecified values) to `f`. May be nested.
 pub(crate) fn with_workspace<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    let mut space = WORKSPACE.with_borrow_mut(|w| w.pop()).unwrap_or_default();
-    // Cache-line aligned start, so that vector loads never straddle lines.
-    if space.len() < len + 16 {
-        space.resize(len + 16, 0.0);
-    }
-    let skip = space.as_ptr().align_offset(64).min(16);
-    let result = f(&mut space[skip..skip + len]);
+    let bytes = len * size_of::<f32>();
+    let kept = WORKSPACE.with_borrow_mut(|w| w.pop()).filter(|b| b.capacity() >= bytes);
+    let mut space = kept.unwrap_or_else(|| Block::zeroed(bytes.next_multiple_of(4096)));
+    let result = f(bytemuck::cast_slice_mut(space.bytes_mut(bytes)));
     WORKSPACE.with_borrow_mut(|w| w.push(space));
     result
 }
 
-/// Depth of one pass: longer products are added up in f32.
-const DEPTH: usize = 1024;
+/// Steps of depth of one pass; longer products are added up in f32. Shorter passes would keep
+/// the panel of `a` in the first-level cache, but touch c more often.
+const DEPTH: usize = 768;
 /// Floats of packed `b` that one block of columns may take: half of a 1 MiB second-level cache.
-const BLOCK: usize = 128 * 1024;
+const BLOCK: usize = 192 * 1024;
 
 /// `c = act(alpha * a b + bias)`; see the module's head and [`Epilogue`].
 ///
@@ -205,7 +210,7 @@ pub fn gemm<T: Float, O: Float>(
         bytes: ((m + n) * k * size_of::<T>() + m * n * size_of::<O>()) as u64,
     });
     let sink = Sink {
-        data: Parts::new(c.data),
+        data: Parts::new(&mut *c.data),
         row_stride: c.row_stride,
         col_stride: c.col_stride,
         epilogue: *e,
@@ -213,26 +218,28 @@ pub fn gemm<T: Float, O: Float>(
     if skinny::fits(&a, &b) {
         return skinny::gemm(a, b, &sink);
     }
-    if a.cols <= DEPTH {
+    let depth = if Kernel::of::<T>().pairs { 2 * DEPTH } else { DEPTH };
+    if a.cols <= depth {
         return pass(a, b, &sink);
     }
-    // Deep products: partial sums in f32, the epilogue after the last.
+    if O::NAME == "f32" && e.is_plain() {
+        // Deep products whose result is f32 anyway add up in place.
+        for (i, [part_a, part_b]) in slabs(a, b, depth).enumerate() {
+            let epilogue = Epilogue { accumulate: e.accumulate || i > 0, ..*e };
+            pass(part_a, part_b, &Sink { data: Parts::new(&mut *c.data), epilogue, ..sink });
+        }
+        return;
+    }
+    // Partial sums in f32, the epilogue after the last.
     with_workspace(c.rows * c.cols, |sum| {
-        let mut first = true;
-        let mut at = 0;
-        while at < a.cols {
-            let len = if a.cols - at <= DEPTH { a.cols - at } else { DEPTH };
-            let part_a = Mat { data: &a.data[at * a.col_stride..], cols: len, ..a };
-            let part_b = Mat { data: &b.data[at * b.row_stride..], rows: len, ..b };
+        for (i, [part_a, part_b]) in slabs(a, b, depth).enumerate() {
             let partial = Sink {
                 data: Parts::new(&mut *sum),
                 row_stride: c.cols,
                 col_stride: 1,
-                epilogue: Epilogue::<T> { accumulate: !first, ..Epilogue::default() },
+                epilogue: Epilogue::<T> { accumulate: i > 0, ..Epilogue::default() },
             };
             pass(part_a, part_b, &partial);
-            first = false;
-            at += len;
         }
         let sum = &*sum;
         parallel_for(c.rows, (16384 / c.cols).max(1), |rows| {
@@ -241,6 +248,24 @@ pub fn gemm<T: Float, O: Float>(
             }
         });
     });
+}
+
+/// Both operands cut along the depth into equal slabs of at most `most`.
+fn slabs<'a, T>(
+    a: Mat<'a, T>,
+    b: Mat<'a, T>,
+    most: usize,
+) -> impl Iterator<Item = [Mat<'a, T>; 2]> {
+    let depth = a.cols;
+    // Even, so that pairs stay whole.
+    let each = depth.div_ceil(depth.div_ceil(most)).next_multiple_of(2);
+    (0..depth).step_by(each).map(move |at| {
+        let len = each.min(depth - at);
+        [
+            Mat { data: &a.data[at * a.col_stride..], cols: len, ..a },
+            Mat { data: &b.data[at * b.row_stride..], rows: len, ..b },
+        ]
+    })
 }
 
 /// `batch` products whose operands lie `a_stride`, `b_stride` and `c_stride` elements apart.
@@ -269,11 +294,12 @@ pub fn gemm_batched<T: Float, O: Float>(
 
 /// One product of bounded depth, packed.
 fn pass<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O, E>) {
-    let kernel = Kernel::choose::<T>(isa());
+    let kernel = Kernel::of::<T>();
     let (m, n, k) = (a.rows, b.cols, a.cols);
     let (mr, nr) = (kernel.mr, kernel.nr);
     let (panels_a, panels_b) = (m.div_ceil(mr), n.div_ceil(nr));
     let (size_a, size_b) = (kernel.panel(mr, k), kernel.panel(nr, k));
+    let steps = kernel.steps(k);
     // Pairs of bf16 take the room of one f32: the workspace is counted in floats either way.
     with_workspace(panels_a * size_a + panels_b * size_b + 16, |space| {
         let (space_a, space_b) = space.split_at_mut((panels_a * size_a).next_multiple_of(16));
@@ -309,15 +335,29 @@ fn pass<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<
                         let panel_a = &space_a[pa * size_a..(pa + 1) * size_a];
                         for pb in block * per_block..((block + 1) * per_block).min(panels_b) {
                             let panel_b = &space_b[pb * size_b..(pb + 1) * size_b];
-                            kernel.run(k, panel_a, panel_b, &mut tile.0);
-                            let (rows, cols) = (mr.min(m - pa * mr), nr.min(n - pb * nr));
-                            for i in 0..rows {
-                                sink.store_row(
-                                    pa * mr + i,
-                                    pb * nr,
-                                    &tile.0[i * nr..i * nr + cols],
-                                );
+                            let (row, col) = (pa * mr, pb * nr);
+                            let size = [mr.min(m - row), nr.min(n - col)];
+                            if size == [mr, nr]
+                                && let Some(c) = sink.direct(row, col, size)
+                            {
+                                let (stride, add) = (sink.row_stride, sink.epilogue.accumulate);
+                                // SAFETY: a whole tile of f32 in bounds, which belongs to this
+                                // piece alone.
+                                unsafe {
+                                    kernel.tile_at(
+                                        steps,
+                                        panel_a,
+                                        [1, mr],
+                                        panel_b,
+                                        c,
+                                        stride,
+                                        add,
+                                    );
+                                }
+                                continue;
                             }
+                            kernel.tile(steps, panel_a, [1, mr], panel_b, &mut tile.0, nr, false);
+                            sink.store_tile([row, col], size, &tile.0, nr);
                         }
                     }
                 }
@@ -338,6 +378,37 @@ struct Sink<'a, O, E> {
 }
 
 impl<O: Float, E: Float> Sink<'_, O, E> {
+    /// Where a tile of c starts, if the kernel may write it by itself.
+    #[inline(always)]
+    fn direct(&self, row: usize, col: usize, [rows, cols]: [usize; 2]) -> Option<*mut f32> {
+        if O::NAME != "f32" || self.col_stride != 1 || !self.epilogue.is_plain() {
+            return None;
+        }
+        let at = row * self.row_stride + col;
+        Some(self.data.at(at..at + (rows - 1) * self.row_stride + cols).cast())
+    }
+
+    /// Writes a tile, whose rows lie `stride` apart, at `(row, col)` of c.
+    #[inline(always)]
+    fn store_tile(
+        &self,
+        [row, col]: [usize; 2],
+        [rows, cols]: [usize; 2],
+        tile: &[f32],
+        stride: usize,
+    ) {
+        if self.col_stride != 1 {
+            for i in 0..rows {
+                self.store_row(row + i, col, &tile[i * stride..i * stride + cols]);
+            }
+            return;
+        }
+        let at = row * self.row_stride + col;
+        let out = self.data.at(at..at + (rows - 1) * self.row_stride + cols);
+        // SAFETY: rows of the tile are in bounds and belong to this piece alone.
+        unsafe { store_rows(&self.epilogue, col, [rows, cols], tile, stride, out, self.row_stride) }
+    }
+
     /// Writes part of a row, starting at column `col`.
     #[inline(always)]
     fn store_row(&self, row: usize, col: usize, values: &[f32]) {
@@ -361,17 +432,80 @@ impl<O: Float, E: Float> Sink<'_, O, E> {
 simd! {
     /// A contiguous part of a row, from column `col`.
     fn store<O: Float, E: Float>(e: &Epilogue<'_, E>, col: usize, values: &[f32], out: &mut [O]) {
-        if e.alpha == 1.0 && e.bias.is_none() && e.activation == Activation::None {
-            if e.accumulate {
-                out.iter_mut().zip(values).for_each(|(o, v)| *o = O::from_f32(o.to_f32() + v));
-            } else {
-                out.iter_mut().zip(values).for_each(|(o, v)| *o = O::from_f32(*v));
-            }
-            return;
+        store_body(e, col, values, out);
+    }
+}
+
+#[inline(always)]
+fn store_body<O: Float, E: Float>(e: &Epilogue<'_, E>, col: usize, values: &[f32], out: &mut [O]) {
+    if e.is_plain() {
+        if e.accumulate {
+            out.iter_mut().zip(values).for_each(|(o, v)| *o = O::from_f32(o.to_f32() + v));
+        } else {
+            out.iter_mut().zip(values).for_each(|(o, v)| *o = O::from_f32(*v));
         }
-        for (j, (o, v)) in out.iter_mut().zip(values).enumerate() {
-            let y = finish(e, *v, col + j);
-            *o = O::from_f32(if e.accumulate { o.to_f32() + y } else { y });
+        return;
+    }
+    for (j, (o, v)) in out.iter_mut().zip(values).enumerate() {
+        let y = finish(e, *v, col + j);
+        *o = O::from_f32(if e.accumulate { o.to_f32() + y } else { y });
+    }
+}
+
+/// As [`store`] for every row of a tile, in one call.
+///
+/// # Safety
+/// `out` leads to `rows` rows of `cols` elements, `row_stride` apart, that are the caller's alone.
+#[inline(always)]
+unsafe fn store_rows<O: Float, E: Float>(
+    e: &Epilogue<'_, E>,
+    col: usize,
+    size: [usize; 2],
+    tile: &[f32],
+    stride: usize,
+    out: *mut O,
+    row_stride: usize,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if O::NAME == "bf16" && isa() == Isa::Avx512Bf16 && e.is_plain() && !e.accumulate {
+        assert!(tile.len() >= (size[0] - 1) * stride + size[1]);
+        // SAFETY: isa() has found these instructions; the rest by contract and the assertion.
+        return unsafe { store_bf16(size, tile.as_ptr(), stride, out.cast(), row_stride) };
+    }
+    struct Rows<O>(*mut O);
+    simd! { fn all<O: Float, E: Float>(e: &Epilogue<'_, E>, col: usize, size: [usize; 2], tile: &[f32], stride: usize, out: Rows<O>, row_stride: usize) {
+        for i in 0..size[0] {
+            // SAFETY: by the contract of the function around.
+            let row = unsafe { std::slice::from_raw_parts_mut(out.0.add(i * row_stride), size[1]) };
+            store_body(e, col, &tile[i * stride..i * stride + size[1]], row);
+        }
+    } }
+    all(e, col, size, tile, stride, Rows(out), row_stride);
+}
+
+/// Rounds rows of a tile to bf16.
+///
+/// # Safety
+/// AVX-512 BF16; `tile` has `rows` rows of `cols` floats, `stride` apart, `out` as many elements.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn store_bf16(
+    [rows, cols]: [usize; 2],
+    tile: *const f32,
+    stride: usize,
+    out: *mut i16,
+    row_stride: usize,
+) {
+    use std::arch::x86_64::*;
+    for i in 0..rows {
+        for j in (0..cols).step_by(16) {
+            let mask = (u32::MAX >> (32 - (cols - j).min(16))) as u16;
+            // SAFETY: masked to the row, which is in bounds by contract.
+            unsafe {
+                let x = _mm512_maskz_loadu_ps(mask, tile.add(i * stride + j));
+                let y: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(x));
+                _mm256_mask_storeu_epi16(out.add(i * row_stride + j), mask, y);
+            }
         }
     }
 }

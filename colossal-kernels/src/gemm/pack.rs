@@ -19,6 +19,8 @@ pub(super) fn panel<T: Float>(
     let data = &a.data[(first * a.row_stride).min(a.data.len())..];
     if kernel.pairs {
         pairs(data, [rows, a.cols, a.row_stride, a.col_stride], width, out);
+    } else if a.row_stride == 1 && T::NAME == "f32" && transpose::fits() {
+        neighbours::copy(bytemuck::cast_slice(data), [rows, a.cols, a.col_stride], width, out);
     } else if a.row_stride == 1 {
         across(data, [rows, a.cols, a.col_stride], width, out);
     } else if a.col_stride == 1 && T::NAME == "f32" && transpose::fits() {
@@ -82,6 +84,9 @@ fn pairs<T: Float>(data: &[T], shape: [usize; 4], width: usize, out: &mut [f32])
     let data: &[bf16] = bytemuck::cast_slice(data);
     if row_stride == 1 {
         let bits: &[u16] = bytemuck::cast_slice(data);
+        if transpose::fits() {
+            return neighbours::pairs(bits, [rows, depth, col_stride], width, out);
+        }
         return pairs_across(bits, [rows, depth, col_stride], width, bytemuck::cast_slice_mut(out));
     }
     // Contiguous rows: whole pairs are 32-bit words to transpose; an odd last step is left.
@@ -209,6 +214,91 @@ mod transpose {
                 for (l, t) in t.iter().enumerate().take(steps) {
                     // SAFETY: masked to the panel's width; step `k + l` is in bounds.
                     unsafe { _mm512_mask_storeu_ps(out.add((k + l) * width + first), stored, *t) };
+                }
+            }
+        }
+    }
+}
+
+/// Panels whose rows are neighbours, in registers: a step is a masked copy.
+mod neighbours {
+    /// `out[k * width + i] = data[k * stride + i]`, zeros for rows beyond the last.
+    pub(super) fn copy(data: &[f32], shape: [usize; 3], width: usize, out: &mut [f32]) {
+        let [rows, depth, stride] = shape;
+        assert!(depth == 0 || data.len() >= (depth - 1) * stride + rows);
+        assert!(rows <= width && out.len() >= width * depth);
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `transpose::fits` was asked before; all in bounds by the assertions.
+        unsafe {
+            x86::copy(data.as_ptr(), shape, width, out.as_mut_ptr());
+        }
+    }
+
+    /// The same for bf16, two steps side by side in 32 bits; an odd last one beside zeros.
+    pub(super) fn pairs(data: &[u16], shape: [usize; 3], width: usize, out: &mut [f32]) {
+        let [rows, depth, stride] = shape;
+        assert!(depth == 0 || data.len() >= (depth - 1) * stride + rows);
+        assert!(rows <= width && out.len() >= width * depth.div_ceil(2));
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        unsafe {
+            x86::pairs(data.as_ptr().cast(), shape, width, out.as_mut_ptr().cast());
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    mod x86 {
+        use std::arch::x86_64::*;
+
+        /// Lanes `first ..` of `n`, sixteen at most.
+        fn lanes(n: usize, first: usize) -> u16 {
+            let lanes = n.saturating_sub(first).min(16) as u32;
+            ((1u32 << lanes) - 1) as u16
+        }
+
+        /// # Safety
+        /// AVX-512F; what `neighbours::copy` asserts.
+        #[target_feature(enable = "avx512f")]
+        pub(super) unsafe fn copy(
+            data: *const f32,
+            [rows, depth, stride]: [usize; 3],
+            width: usize,
+            out: *mut f32,
+        ) {
+            for first in (0..width).step_by(16) {
+                let (from, to) = (lanes(rows, first), lanes(width, first));
+                for k in 0..depth {
+                    // SAFETY: masked to what is in bounds.
+                    unsafe {
+                        let x = _mm512_maskz_loadu_ps(from, data.wrapping_add(k * stride + first));
+                        _mm512_mask_storeu_ps(out.add(k * width + first), to, x);
+                    }
+                }
+            }
+        }
+
+        /// # Safety
+        /// AVX-512 F, BW and VL; what `neighbours::pairs` asserts.
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+        pub(super) unsafe fn pairs(
+            data: *const i16,
+            [rows, depth, stride]: [usize; 3],
+            width: usize,
+            out: *mut i32,
+        ) {
+            for first in (0..width).step_by(16) {
+                let (from, to) = (lanes(rows, first), lanes(width, first));
+                for k in (0..depth).step_by(2) {
+                    let odd = if k + 1 < depth { from } else { 0 };
+                    // SAFETY: masked to what is in bounds.
+                    unsafe {
+                        let at = data.wrapping_add(k * stride + first);
+                        let low = _mm256_maskz_loadu_epi16(from, at);
+                        let high = _mm256_maskz_loadu_epi16(odd, at.wrapping_add(stride));
+                        let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
+                        let both = _mm512_or_epi32(_mm512_cvtepu16_epi32(low), high);
+                        _mm512_mask_storeu_epi32(out.add(k / 2 * width + first), to, both);
+                    }
                 }
             }
         }
