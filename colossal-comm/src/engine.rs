@@ -1,5 +1,6 @@
 //! What an engine must do: move bytes between ranks as a call says, or fail within the time-out.
 
+use std::panic::Location;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -86,7 +87,13 @@ pub(crate) trait Engine: Send + Sync + std::fmt::Debug {
 
     /// New engines for this rank among `members`, all of whom call it with the same colour:
     /// one for blocking calls, one for those in flight.
-    fn split(&self, color: usize, members: &[usize], name: String) -> Result<[Arc<dyn Engine>; 2]>;
+    fn split(
+        &self,
+        color: usize,
+        members: &[usize],
+        name: String,
+        site: &'static Location<'static>,
+    ) -> Result<[Arc<dyn Engine>; 2]>;
 
     /// The group's name.
     fn name(&self) -> &str;
@@ -126,7 +133,13 @@ impl Engine for Solo {
 
     fn adopt(&self, _: &Ticket, _: Box<dyn Send>) {}
 
-    fn split(&self, _: usize, _: &[usize], _: String) -> Result<[Arc<dyn Engine>; 2]> {
+    fn split(
+        &self,
+        _: usize,
+        _: &[usize],
+        _: String,
+        _: &'static Location<'static>,
+    ) -> Result<[Arc<dyn Engine>; 2]> {
         Ok([Arc::new(Solo), Arc::new(Solo)])
     }
 

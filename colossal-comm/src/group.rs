@@ -259,7 +259,7 @@ impl Group {
         let members: Vec<usize> = (0..n).filter(|r| colors[*r] == color as u64).collect();
         let rank = members.iter().position(|r| *r == self.rank()).unwrap_or(0);
         let name = format!("{}/{name}", self.name());
-        let engines = self.engine().split(color, &members, name)?;
+        let engines = self.engine().split(color, &members, name, Location::caller())?;
         if members.len() == 1 {
             return Ok(Group::solo());
         }
@@ -375,7 +375,12 @@ impl Group {
         Ok(Call::new(Verb::Shift, T::TYPE, input, Location::caller()).root(by))
     }
 
-    fn times(&self, op: &'static str, long: (&str, usize), short: (&str, usize)) -> Result<()> {
+    pub(crate) fn times(
+        &self,
+        op: &'static str,
+        long: (&str, usize),
+        short: (&str, usize),
+    ) -> Result<()> {
         let n = self.world_size();
         if long.1 == n * short.1 {
             return Ok(());

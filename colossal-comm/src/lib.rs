@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
+mod bucket;
 mod call;
+mod compress;
 mod counters;
 mod element;
 mod engine;
@@ -15,6 +17,7 @@ mod start;
 mod threads;
 
 pub use call::Verb;
+pub use compress::Codec;
 pub use counters::Counters;
 pub use element::{DType, Element, ReduceOp};
 pub use error::{Error, Result};

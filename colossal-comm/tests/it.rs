@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use colossal_comm::{Config, Error, Group, Mesh, ReduceOp, Verb, on_ranks};
+use colossal_comm::{Codec, Config, Error, Group, Mesh, ReduceOp, Verb, on_ranks};
 use half::bf16;
 use proptest::prelude::*;
 
@@ -154,8 +154,15 @@ fn counters_follow_the_formulas() {
     });
 }
 
-fn failing(n: usize, f: impl Fn(Group) -> Option<Error> + Sync) -> Vec<Option<Error>> {
-    let groups = Group::threads_with(n, Config { timeout: Duration::from_millis(200) });
+/// Long enough for a busy machine: what must not run into it ends at once.
+const LONG: u64 = 20_000;
+
+fn failing(
+    n: usize,
+    timeout: u64,
+    f: impl Fn(Group) -> Option<Error> + Sync,
+) -> Vec<Option<Error>> {
+    let groups = Group::threads_with(n, Config { timeout: Duration::from_millis(timeout) });
     std::thread::scope(|s| {
         let f = &f;
         let ranks: Vec<_> = groups.into_iter().map(|g| s.spawn(move || f(g))).collect();
@@ -165,7 +172,7 @@ fn failing(n: usize, f: impl Fn(Group) -> Option<Error> + Sync) -> Vec<Option<Er
 
 #[test]
 fn a_mismatch_is_an_error_on_every_rank_that_names_both() {
-    let errors = failing(3, |g| {
+    let errors = failing(3, LONG, |g| {
         let len = if g.rank() == 2 { 5 } else { 4 };
         g.all_reduce(&mut vec![0.0f32; len], ReduceOp::Sum).err()
     });
@@ -182,7 +189,7 @@ fn a_mismatch_is_an_error_on_every_rank_that_names_both() {
 
 #[test]
 fn a_time_out_names_who_is_missing_and_what_it_did_last() {
-    let errors = failing(3, |g| {
+    let errors = failing(3, 200, |g| {
         g.barrier().unwrap();
         if g.rank() == 1 {
             std::thread::sleep(Duration::from_millis(500));
@@ -202,12 +209,13 @@ fn a_time_out_names_who_is_missing_and_what_it_did_last() {
 
 #[test]
 fn a_rank_that_panics_or_leaves_ends_the_wait_of_the_others() {
-    let errors = failing(3, |g| {
+    let errors = failing(3, LONG, |g| {
         assert_ne!(g.rank(), 1, "on purpose");
         g.barrier().err()
     });
     assert!(errors[0].as_ref().unwrap().to_string().contains("rank 1 is gone (it panicked)"));
-    let errors = failing(2, |g| if g.rank() == 1 { None } else { g.recv(&mut [0u8], 1).err() });
+    let errors =
+        failing(2, LONG, |g| if g.rank() == 1 { None } else { g.recv(&mut [0u8], 1).err() });
     assert!(errors[0].as_ref().unwrap().to_string().contains("dropped its group"));
 }
 
@@ -258,5 +266,87 @@ fn shifts_go_round_the_ring_and_uneven_parts_find_their_rank() {
         assert!(text.contains("add up to"), "{text}");
         let buf = g.broadcast_start::<i32, _>(vec![me as i32; 2], 3).wait().unwrap();
         assert_eq!(buf, [3, 3]);
+    });
+}
+
+#[test]
+fn compressed_forms_stay_within_their_error_and_send_fewer_bytes() {
+    let n = 3;
+    let len = 3 * 512;
+    let x =
+        |r: usize, i: usize| (value(r, i) + 0.37) * if i.is_multiple_of(50) { 100.0 } else { 1.0 };
+    for codec in Codec::ALL {
+        let (a, b) = codec.error();
+        let results = on_ranks(n, |g| {
+            let me = g.rank();
+            let mine: Vec<f32> = (0..len).map(|i| x(me, i)).collect();
+            // No block of a slice holds more than 1200.
+            let off = |i: usize| {
+                let sent: f64 = (0..n).map(|r| a * f64::from(x(r, i).abs()) + b * 1200.0).sum();
+                let sum: f64 = (0..n).map(|r| f64::from(x(r, i))).sum();
+                (sum, sent, sent + a * (sum.abs() + sent) + b * 3600.0)
+            };
+            let mut y = mine.clone();
+            g.all_reduce_compressed(&mut y, ReduceOp::Sum, codec).unwrap();
+            for (i, y) in y.iter().enumerate() {
+                let (sum, _, bound) = off(i);
+                assert!((f64::from(*y) - sum).abs() <= bound, "{codec:?} {i}: {y} for {sum}");
+            }
+            let mut part = vec![0.0; len / n];
+            g.reduce_scatter_compressed(&mine, &mut part, ReduceOp::Avg, codec).unwrap();
+            for (i, y) in part.iter().enumerate() {
+                let (sum, bound, _) = off(me * len / n + i);
+                let bound = bound / n as f64 + 1e-6 * sum.abs();
+                assert!((f64::from(*y) - sum / n as f64).abs() <= bound, "{codec:?} {i}");
+            }
+            let mut turned = vec![0.0; len];
+            g.all_to_all_compressed(&mine, &mut turned, codec).unwrap();
+            for (i, y) in turned.iter().enumerate() {
+                let wanted = f64::from(x(i / 512, me * 512 + i % 512));
+                assert!((f64::from(*y) - wanted).abs() <= a * wanted.abs() + b * 1200.0);
+            }
+            let c = g.counters();
+            let plain = 4 * len as u64 * 2 / 3;
+            let fewer = if codec == Codec::Bf16 { 1.99 } else { 3.5 };
+            for (verb, plain) in [
+                (Verb::AllReduce, 2 * plain),
+                (Verb::ReduceScatter, plain),
+                (Verb::AllToAll, plain),
+            ] {
+                assert!(c.bytes_of(verb) as f64 * fewer < plain as f64, "{codec:?} {verb:?}");
+            }
+            assert!(g.all_reduce_compressed(&mut y, ReduceOp::Max, codec).is_err());
+            y
+        });
+        assert!(results.iter().all(|y| *y == results[0]), "the same bits everywhere");
+    }
+}
+
+#[test]
+fn coalesced_forms_equal_one_by_one() {
+    on_ranks(3, |g| {
+        let lens = [5usize, 0, 40_000, 7, 300];
+        let make = |n: usize| -> Vec<Vec<f32>> {
+            lens.iter().map(|len| (0..n * len).map(|i| value(g.rank(), i)).collect()).collect()
+        };
+        let (mut a, mut b) = (make(1), make(1));
+        let mut views: Vec<&mut [f32]> = a.iter_mut().map(|x| &mut x[..]).collect();
+        g.all_reduce_coalesced(&mut views, ReduceOp::Sum).unwrap();
+        b.iter_mut().for_each(|x| g.all_reduce(x, ReduceOp::Sum).unwrap());
+        assert_eq!(a, b);
+        let (parts, wholes) = (make(1), make(3));
+        let (short, long): (Vec<&[f32]>, Vec<&[f32]>) =
+            (parts.iter().map(|x| &x[..]).collect(), wholes.iter().map(|x| &x[..]).collect());
+        let (mut a, mut b) = (make(3), make(3));
+        let mut views: Vec<&mut [f32]> = a.iter_mut().map(|x| &mut x[..]).collect();
+        g.all_gather_coalesced(&short, &mut views).unwrap();
+        b.iter_mut().zip(&parts).for_each(|(to, x)| g.all_gather(x, to).unwrap());
+        assert_eq!(a, b);
+        let (mut a, mut b) = (make(1), make(1));
+        let mut views: Vec<&mut [f32]> = a.iter_mut().map(|x| &mut x[..]).collect();
+        g.reduce_scatter_coalesced(&long, &mut views, ReduceOp::Max).unwrap();
+        let op = ReduceOp::Max;
+        b.iter_mut().zip(&wholes).for_each(|(to, x)| g.reduce_scatter(x, to, op).unwrap());
+        assert_eq!(a, b);
     });
 }

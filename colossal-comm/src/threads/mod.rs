@@ -16,6 +16,7 @@ mod work;
 
 use std::cell::UnsafeCell;
 use std::collections::HashMap;
+use std::panic::Location;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::*};
 use std::time::{Duration, Instant};
@@ -392,7 +393,13 @@ impl Engine for Threads {
         );
     }
 
-    fn split(&self, color: usize, members: &[usize], name: String) -> Result<[Arc<dyn Engine>; 2]> {
+    fn split(
+        &self,
+        color: usize,
+        members: &[usize],
+        name: String,
+        site: &'static Location<'static>,
+    ) -> Result<[Arc<dyn Engine>; 2]> {
         let shared = &*self.shared;
         // The same on all ranks: they have just gathered their colours.
         let key = (shared.turns[self.rank].lock().sequence, color);
@@ -401,7 +408,7 @@ impl Engine for Threads {
         let rank = members.iter().position(|r| *r == self.rank).unwrap_or(0);
         let engines = Threads::engines(rank, &pair);
         // Everybody has a handle after this: the registry may forget it.
-        let call = Call::new(Verb::Split, crate::DType::U8, 0, std::panic::Location::caller());
+        let call = Call::new(Verb::Split, crate::DType::U8, 0, site);
         let none = Parts::Even(0);
         let io =
             Io { input: std::ptr::null(), output: std::ptr::null_mut(), send: none, recv: none };
