@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::gpt2::{self, Gpt2Config};
 use crate::llama::{self, LlamaConfig};
+use crate::mixtral::{Mixtral, MixtralConfig};
 
 /// What every layer of a decoder is given: this rank's part of a batch of token sequences.
 #[derive(Debug)]
@@ -25,9 +26,19 @@ pub struct Tokens {
     pub cache: Option<(Mutex<KvCache>, Vec<i32>)>,
     /// The head reads only this position of each sequence.
     pub head_at: Option<Vec<usize>>,
-    /// Training with dropout: the stream of this step, and where the first sequence (of all ranks)
-    /// lies in the step's batch. `None` turns dropout off.
-    pub dropout: Option<(Stream, usize)>,
+    /// What is different while training; `None` turns dropout and auxiliary losses off.
+    pub training: Option<Training>,
+}
+
+/// What a layer must know of the training step it is part of.
+#[derive(Debug, Clone, Copy)]
+pub struct Training {
+    /// Dropout masks of this step.
+    pub dropout: Stream,
+    /// Where the first sequence (of all ranks) lies in the step's batch.
+    pub first_row: usize,
+    /// Weight of auxiliary losses: 1 over the number of microbatches.
+    pub share: f32,
 }
 
 impl Tokens {
@@ -42,7 +53,7 @@ impl Tokens {
             mask: AttentionMask::causal(),
             cache: None,
             head_at: None,
-            dropout: None,
+            training: None,
         })
     }
 
@@ -92,6 +103,8 @@ pub enum DecoderConfig {
     Llama(LlamaConfig),
     /// `model_type: gpt2`.
     Gpt2(Gpt2Config),
+    /// `model_type: mixtral`.
+    Mixtral(MixtralConfig),
 }
 
 impl DecoderConfig {
@@ -99,6 +112,7 @@ impl DecoderConfig {
     pub fn vocab_size(&self) -> usize {
         match self {
             DecoderConfig::Llama(c) => c.vocab_size,
+            DecoderConfig::Mixtral(c) => c.base.vocab_size,
             DecoderConfig::Gpt2(c) => c.vocab_size,
         }
     }
@@ -107,6 +121,7 @@ impl DecoderConfig {
     pub fn max_positions(&self) -> usize {
         match self {
             DecoderConfig::Llama(c) => c.max_position_embeddings,
+            DecoderConfig::Mixtral(c) => c.base.max_position_embeddings,
             DecoderConfig::Gpt2(c) => c.n_positions,
         }
     }
@@ -115,6 +130,7 @@ impl DecoderConfig {
     pub fn blocks(&self) -> usize {
         match self {
             DecoderConfig::Llama(c) => c.num_hidden_layers,
+            DecoderConfig::Mixtral(c) => c.base.num_hidden_layers,
             DecoderConfig::Gpt2(c) => c.n_layer,
         }
     }
@@ -123,6 +139,7 @@ impl DecoderConfig {
     pub fn width(&self) -> usize {
         match self {
             DecoderConfig::Llama(c) => c.hidden_size,
+            DecoderConfig::Mixtral(c) => c.base.hidden_size,
             DecoderConfig::Gpt2(c) => c.n_embd,
         }
     }
@@ -131,6 +148,7 @@ impl DecoderConfig {
     pub fn head(&self) -> Head {
         match self {
             DecoderConfig::Llama(c) => c.head,
+            DecoderConfig::Mixtral(c) => c.base.head,
             DecoderConfig::Gpt2(c) => c.head,
         }
     }
@@ -139,6 +157,7 @@ impl DecoderConfig {
     pub fn with_head(mut self, head: Head) -> DecoderConfig {
         match &mut self {
             DecoderConfig::Llama(c) => c.head = head,
+            DecoderConfig::Mixtral(c) => c.base.head = head,
             DecoderConfig::Gpt2(c) => c.head = head,
         }
         self
@@ -166,6 +185,7 @@ impl Model for Decoder {
     fn layer(p: &Params, config: &DecoderConfig, i: usize) -> Result<Arc<dyn Layer<Tokens>>> {
         match config {
             DecoderConfig::Llama(c) => llama::Llama::layer(p, c, i),
+            DecoderConfig::Mixtral(c) => Mixtral::layer(p, c, i),
             DecoderConfig::Gpt2(c) => gpt2::Gpt2::layer(p, c, i),
         }
     }

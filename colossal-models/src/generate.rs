@@ -136,7 +136,7 @@ fn forward(model: &CausalLm, new: &[Vec<i32>], cache: KvCache) -> Result<(Vec<f3
         mask: AttentionMask::causal(),
         cache: Some((Mutex::new(cache), added.clone())),
         head_at: Some(new.iter().map(|n| n.len() - 1).collect()),
-        dropout: None,
+        training: None,
     });
     let logits = model.stack.forward(&tokens)?.redistribute(Region::Whole)?.to_vec()?;
     let tokens = Arc::try_unwrap(tokens).map_err(|_| {

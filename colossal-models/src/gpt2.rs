@@ -179,8 +179,8 @@ impl Layer<Tokens> for Final {
 }
 
 fn drop_out(tokens: &Tokens, x: Tensor, p: f32, place: usize) -> Result<Tensor> {
-    match tokens.dropout {
-        Some((stream, row)) if p > 0.0 => x.dropout(p, stream.child(place as u64), row),
+    match tokens.training {
+        Some(t) if p > 0.0 => x.dropout(p, t.dropout.child(place as u64), t.first_row),
         _ => Ok(x),
     }
 }

@@ -15,6 +15,7 @@ use crate::decoder::{CausalLm, DecoderConfig, Head};
 use crate::gguf::Gguf;
 use crate::gpt2::Gpt2Config;
 use crate::llama::LlamaConfig;
+use crate::mixtral::MixtralConfig;
 
 /// Loads a decoder from a folder, or from a GGUF file, in this dtype.
 ///
@@ -69,12 +70,42 @@ impl Files<'_> {
     }
 }
 
+/// The experts of a layer are one parameter here and a tensor each in a file:
+/// `x.experts.w1` is `x.experts.0.w1.weight`, `x.experts.1.w1.weight`, …
+fn expert_key(name: &str, expert: usize) -> Option<String> {
+    let (stem, part) = name.rsplit_once(".experts.")?;
+    let whole = ["w1", "w2", "w3"].contains(&part);
+    whole.then(|| format!("{stem}.experts.{expert}.{part}.weight"))
+}
+
 impl Weights for Files<'_> {
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.find(name).map(|e| e.shape.to_vec())
+        let Some(first) = expert_key(name, 0) else {
+            return self.find(name).map(|e| e.shape.to_vec());
+        };
+        let one = self.find(&first)?.shape.to_vec();
+        let has = |e: usize| {
+            let found = expert_key(name, e).and_then(|key| self.find(&key));
+            found.is_some_and(|entry| entry.shape == one)
+        };
+        let experts = (0..).take_while(|e| has(*e)).count();
+        Some([&[experts], &one[..]].concat())
     }
 
     fn read(&self, name: &str, start: usize, len: usize, out: &mut Vec<f32>) -> Result<()> {
+        if let Some(entry) = expert_key(name, 0).and_then(|key| self.find(&key)) {
+            // A run may go over several experts.
+            let each: usize = entry.shape.iter().product();
+            let (mut at, end) = (start, start + len);
+            while at < end {
+                let part = (each - at % each).min(end - at);
+                if let Some(key) = expert_key(name, at / each) {
+                    self.read(&key, at % each, part, out)?;
+                }
+                at += part;
+            }
+            return Ok(());
+        }
         match self.find(name) {
             Some(entry) => entry.to_f32(start, len, out),
             None => Err(Error::File { path: self.origin(), reason: format!("no tensor {name}") }),
@@ -82,7 +113,14 @@ impl Weights for Files<'_> {
     }
 
     fn names(&self) -> Vec<String> {
-        self.archive.names().map(str::to_string).collect()
+        let whole = |name: &str| -> String {
+            let expert = name.rsplit_once(".experts.").and_then(|(stem, rest)| {
+                let (_, part) = rest.strip_suffix(".weight")?.split_once('.')?;
+                Some(format!("{stem}.experts.{part}"))
+            });
+            expert.unwrap_or_else(|| name.to_string())
+        };
+        self.archive.names().map(whole).collect()
     }
 
     fn origin(&self) -> String {
@@ -255,6 +293,15 @@ pub fn gather(
             }
             None => (shape.clone(), values.clone()),
         };
+        if expert_key(&source.key, 0).is_some() {
+            let each = values.len() / stored[0].max(1);
+            for (e, values) in values.chunks(each.max(1)).enumerate() {
+                if let Some(key) = expert_key(&source.key, e) {
+                    files.insert(key, Owned::from_f32(values, &stored[1..], dtype)?);
+                }
+            }
+            continue;
+        }
         files.insert(source.key, Owned::from_f32(&values, &stored, dtype)?);
     }
     Ok(files)
@@ -373,6 +420,24 @@ pub fn parse_config(v: &Value) -> Result<DecoderConfig, String> {
         n => Ok(n),
     };
     match v["model_type"].as_str() {
+        Some("mixtral") => {
+            let mut base = v.clone();
+            base["model_type"] = json!("llama");
+            let DecoderConfig::Llama(base) = parse_config(&base)? else {
+                return Err("is no model like LLaMA".into());
+            };
+            let experts = positive(number("num_local_experts")?, "num_local_experts")?;
+            let top = or("num_experts_per_tok", 2);
+            if !(1..=experts).contains(&top) {
+                return Err(format!("num_experts_per_tok {top} must be 1 to {experts}"));
+            }
+            Ok(DecoderConfig::Mixtral(MixtralConfig {
+                base,
+                num_local_experts: experts,
+                num_experts_per_tok: top,
+                router_aux_loss_coef: float("router_aux_loss_coef", 0.001) as f32,
+            }))
+        }
         Some("llama" | "mistral") => {
             let heads = positive(number("num_attention_heads")?, "num_attention_heads")?;
             let hidden = number("hidden_size")?;
@@ -430,9 +495,9 @@ pub fn parse_config(v: &Value) -> Result<DecoderConfig, String> {
                 head,
             }))
         }
-        Some(other) => {
-            Err(format!("model_type {other} is not known; this build knows llama and gpt2"))
-        }
+        Some(other) => Err(format!(
+            "model_type {other} is not known; this build knows llama, mixtral and gpt2"
+        )),
         None => Err("key model_type is missing; it names the architecture, as \"llama\"".into()),
     }
 }
@@ -462,6 +527,20 @@ pub fn config_json(config: &DecoderConfig, dtype: Dtype) -> Value {
         _ => "float32",
     };
     match config {
+        DecoderConfig::Mixtral(c) => {
+            let mut v = config_json(&DecoderConfig::Llama(c.base.clone()), dtype);
+            let class = match c.base.head {
+                Head::Lm => "MixtralForCausalLM",
+                Head::Score => "MixtralForSequenceClassification",
+            };
+            v["architectures"] = json!([class]);
+            v["model_type"] = json!("mixtral");
+            v["num_local_experts"] = json!(c.num_local_experts);
+            v["num_experts_per_tok"] = json!(c.num_experts_per_tok);
+            v["router_aux_loss_coef"] = json!(f64::from(c.router_aux_loss_coef));
+            v["sliding_window"] = Value::Null;
+            v
+        }
         DecoderConfig::Llama(c) => {
             let scaling = match c.rope_scaling {
                 RopeScaling::None => Value::Null,

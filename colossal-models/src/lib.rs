@@ -7,8 +7,9 @@ pub mod gguf;
 pub mod gpt2;
 pub mod hf;
 pub mod llama;
+pub mod mixtral;
 #[cfg(feature = "train")]
 pub mod train;
 
 pub use colossal_tensor::{Dtype, Error, Group, Mesh, Result, Scope, Tensor, no_grad};
-pub use decoder::{CausalLm, Decoder, DecoderConfig, Head, Tokens};
+pub use decoder::{CausalLm, Decoder, DecoderConfig, Head, Tokens, Training};

@@ -94,10 +94,17 @@ impl Model for Llama {
     fn layer(p: &Params, c: &LlamaConfig, i: usize) -> Result<Arc<dyn Layer<Tokens>>> {
         let model = p.at("model");
         match i {
-            0 => Ok(Arc::new(Entry { table: embed_tokens(&model, c)? })),
-            i if i == c.num_hidden_layers + 1 => Ok(Arc::new(Final::new(p, c)?)),
+            i if i == 0 || i == c.num_hidden_layers + 1 => end(p, c, i),
             i => Ok(Arc::new(Block::new(&model.at("layers").at(i - 1), c, i - 1)?)),
         }
+    }
+}
+
+/// The first or the last layer.
+pub(crate) fn end(p: &Params, c: &LlamaConfig, i: usize) -> Result<Arc<dyn Layer<Tokens>>> {
+    match i {
+        0 => Ok(Arc::new(Entry { table: embed_tokens(&p.at("model"), c)? })),
+        _ => Ok(Arc::new(Final::new(p, c)?)),
     }
 }
 
@@ -116,43 +123,68 @@ impl Layer<Tokens> for Entry {
     }
 }
 
-/// Pre-norm block: `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+/// Causal attention with rotary positions and grouped key/value heads.
 #[derive(Debug)]
-struct Block {
+pub(crate) struct Attention {
     index: usize,
-    attn_norm: RmsNorm,
     wq: Linear,
     wk: Linear,
     wv: Linear,
     wo: Linear,
+    rope: Rope,
+    head_dim: usize,
+}
+
+impl Attention {
+    pub(crate) fn new(p: &Params, c: &LlamaConfig, index: usize) -> Result<Attention> {
+        let embed = Embed(c.hidden_size);
+        let q = Heads(c.num_attention_heads * c.head_dim);
+        let kv = KvHeads(c.num_key_value_heads, c.head_dim);
+        let bias = c.attention_bias;
+        Ok(Attention {
+            index,
+            wq: Linear::new(&p.at("q_proj"), embed, q, bias)?,
+            wk: Linear::new(&p.at("k_proj"), embed, kv, bias)?,
+            wv: Linear::new(&p.at("v_proj"), embed, kv, bias)?,
+            wo: Linear::new(&p.at("o_proj"), q, embed, bias)?,
+            rope: Rope::new(c.head_dim, c.rope_theta, c.max_position_embeddings, c.rope_scaling),
+            head_dim: c.head_dim,
+        })
+    }
+
+    pub(crate) fn forward(&self, tokens: &Tokens, h: &Tensor) -> Result<Tensor> {
+        let h = h.redistribute(Region::TensorParallel)?;
+        let heads = |y: Tensor| y.split_heads(self.head_dim);
+        let q = self.rope.forward(&heads(self.wq.forward(&h)?)?, &tokens.positions)?;
+        let k = self.rope.forward(&heads(self.wk.forward(&h)?)?, &tokens.positions)?;
+        let v = heads(self.wv.forward(&h)?)?;
+        let h = tokens.attend(self.index, &q, &k, &v)?.merge_heads()?;
+        self.wo.forward_to(&h, Region::Residual)
+    }
+}
+
+/// Pre-norm block: `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+#[derive(Debug)]
+struct Block {
+    attn_norm: RmsNorm,
+    attn: Attention,
     mlp_norm: RmsNorm,
     gate: Linear,
     up: Linear,
     down: Linear,
-    rope: Rope,
-    head_dim: usize,
 }
 
 impl Block {
     fn new(p: &Params, c: &LlamaConfig, index: usize) -> Result<Block> {
         let (embed, mlp) = (Embed(c.hidden_size), Mlp(c.intermediate_size));
-        let q = Heads(c.num_attention_heads * c.head_dim);
-        let kv = KvHeads(c.num_key_value_heads, c.head_dim);
-        let (attn, ffn) = (p.at("self_attn"), p.at("mlp"));
-        let (ab, mb) = (c.attention_bias, c.mlp_bias);
+        let (ffn, bias) = (p.at("mlp"), c.mlp_bias);
         Ok(Block {
-            index,
             attn_norm: RmsNorm::new(&p.at("input_layernorm"), embed, c.rms_norm_eps)?,
-            wq: Linear::new(&attn.at("q_proj"), embed, q, ab)?,
-            wk: Linear::new(&attn.at("k_proj"), embed, kv, ab)?,
-            wv: Linear::new(&attn.at("v_proj"), embed, kv, ab)?,
-            wo: Linear::new(&attn.at("o_proj"), q, embed, ab)?,
+            attn: Attention::new(&p.at("self_attn"), c, index)?,
             mlp_norm: RmsNorm::new(&p.at("post_attention_layernorm"), embed, c.rms_norm_eps)?,
-            gate: Linear::new(&ffn.at("gate_proj"), embed, mlp, mb)?,
-            up: Linear::new(&ffn.at("up_proj"), embed, mlp, mb)?,
-            down: Linear::new(&ffn.at("down_proj"), mlp, embed, mb)?,
-            rope: Rope::new(c.head_dim, c.rope_theta, c.max_position_embeddings, c.rope_scaling),
-            head_dim: c.head_dim,
+            gate: Linear::new(&ffn.at("gate_proj"), embed, mlp, bias)?,
+            up: Linear::new(&ffn.at("up_proj"), embed, mlp, bias)?,
+            down: Linear::new(&ffn.at("down_proj"), mlp, embed, bias)?,
         })
     }
 }
@@ -160,13 +192,7 @@ impl Block {
 impl Layer<Tokens> for Block {
     fn forward(&self, tokens: &Tokens, flow: &Flow) -> Result<Flow> {
         let x = flow.one()?;
-        let h = self.attn_norm.forward(x)?.redistribute(Region::TensorParallel)?;
-        let heads = |y: Tensor| y.split_heads(self.head_dim);
-        let q = self.rope.forward(&heads(self.wq.forward(&h)?)?, &tokens.positions)?;
-        let k = self.rope.forward(&heads(self.wk.forward(&h)?)?, &tokens.positions)?;
-        let v = heads(self.wv.forward(&h)?)?;
-        let h = tokens.attend(self.index, &q, &k, &v)?.merge_heads()?;
-        let x = (x + &self.wo.forward_to(&h, Region::Residual)?)?;
+        let x = (x + &self.attn.forward(tokens, &self.attn_norm.forward(x)?)?)?;
 
         let h = self.mlp_norm.forward(&x)?.redistribute(Region::TensorParallel)?;
         let h = self.gate.forward(&h)?.swiglu(&self.up.forward(&h)?)?;

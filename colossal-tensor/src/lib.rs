@@ -6,6 +6,7 @@ pub mod dtype;
 mod error;
 pub mod fake;
 pub mod model;
+pub mod moe;
 pub mod nn;
 mod ops;
 mod overlap;

@@ -8,6 +8,8 @@ use proptest::prelude::*;
 mod context;
 #[path = "it/grids.rs"]
 mod grids;
+#[path = "it/moe.rs"]
+mod moe;
 
 pub(crate) fn noise(len: usize, seed: u64) -> Vec<f32> {
     let s = random::Stream::new(seed, 0);
@@ -22,10 +24,10 @@ fn param(p: &Params, name: &str, shape: &[usize], values: &[f32]) -> std::sync::
     param
 }
 
-type Loss<'a> = dyn Fn(&[Tensor]) -> Result<Tensor> + 'a;
+pub(crate) type Loss<'a> = dyn Fn(&[Tensor]) -> Result<Tensor> + 'a;
 
 /// Compares the gradient of `f` with respect to every input with central differences.
-fn gradients(what: &str, shapes: &[&[usize]], f: &Loss<'_>) {
+pub(crate) fn gradients(what: &str, shapes: &[&[usize]], f: &Loss<'_>) {
     let p = Params::new(&Scope::solo(), 0, Dtype::F32);
     let params: Vec<_> = shapes
         .iter()

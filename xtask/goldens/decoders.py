@@ -12,7 +12,8 @@ import os
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig,
+                          MixtralForCausalLM)
 
 OUT = os.path.join(os.path.dirname(__file__), "../../colossal-models/tests/goldens")
 SEED = 7
@@ -37,7 +38,7 @@ def make(name, model, shard="5GB"):
     out.loss.backward()
     golden = {"ids": ids.int(), "logits": out.logits.detach(), "loss": out.loss.detach().reshape(1)}
     for key, p in model.named_parameters():
-        golden["grad." + key] = p.grad
+        golden.update(published(key, p.grad))
     for i, length in enumerate([5, 3]):
         prompt = ids[i : i + 1, :length]
         new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
@@ -50,6 +51,21 @@ def make(name, model, shard="5GB"):
         path = os.path.join(folder, extra)
         if os.path.exists(path):
             os.remove(path)
+
+
+def published(key, grad):
+    """Gradients under the names of files, which hold a tensor per expert."""
+    if ".mlp.gate." in key:
+        return {"grad." + key.replace(".mlp.gate.", ".block_sparse_moe.gate."): grad}
+    if ".mlp.experts." not in key:
+        return {"grad." + key: grad}
+    stem, part = key.split(".mlp.experts.")
+    out = {}
+    for e, g in enumerate(grad):
+        names = {"w1": g[: len(g) // 2], "w3": g[len(g) // 2 :]} if part == "gate_up_proj" else {"w2": g}
+        for name, g in names.items():
+            out[f"grad.{stem}.block_sparse_moe.experts.{e}.{name}.weight"] = g
+    return out
 
 
 def llama(**kw):
@@ -68,4 +84,9 @@ make("llama3", LlamaForCausalLM(llama(
 make("gpt2", GPT2LMHeadModel(GPT2Config(
     vocab_size=66, n_positions=32, n_embd=36, n_layer=2, n_head=6, resid_pdrop=0.0, embd_pdrop=0.0,
     attn_pdrop=0.0, attn_implementation="eager")))
+make("mixtral", MixtralForCausalLM(MixtralConfig(
+    vocab_size=66, hidden_size=36, intermediate_size=26, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=6, num_local_experts=5, num_experts_per_tok=2,
+    max_position_embeddings=64, rms_norm_eps=1e-5, attn_implementation="eager",
+    experts_implementation="eager")))
 print("wrote", sorted(os.listdir(OUT)))

@@ -18,7 +18,7 @@ use half::bf16;
 use super::data::Batch;
 use super::report::{StepReport, gemm_peak};
 use super::{AdamW, Plan};
-use crate::decoder::{CausalLm, DecoderConfig, Tokens};
+use crate::decoder::{CausalLm, DecoderConfig, Tokens, Training};
 
 /// A model in training under a plan.
 #[derive(Debug)]
@@ -203,8 +203,12 @@ impl Trainer {
         let number = self.step;
         self.train(batch.ids.len(), batch.seq, |model, i| {
             let own = batch.part(i * parts + part, micro * parts)?;
-            let first_row = i * parts * own.len();
-            let loss = lm_loss(model, &own, Some((dropout_stream(seed, number), first_row)))?;
+            let training = Training {
+                dropout: dropout_stream(seed, number),
+                first_row: i * parts * own.len(),
+                share: 1.0 / micro as f32,
+            };
+            let loss = lm_loss(model, &own, Some(training))?;
             loss.scale(1.0 / count as f32)
         })
     }
@@ -367,16 +371,12 @@ impl Trainer {
 }
 
 /// The summed loss of this rank's sequences; what a plan cuts them into is filled up with padding.
-/// `dropout` is as in [`Tokens::dropout`].
-pub fn lm_loss(
-    model: &CausalLm,
-    batch: &Batch,
-    dropout: Option<(Stream, usize)>,
-) -> Result<Tensor> {
+/// `training` is as in [`Tokens::training`]; auxiliary losses add to gradients, not to the value.
+pub fn lm_loss(model: &CausalLm, batch: &Batch, training: Option<Training>) -> Result<Tensor> {
     let multiple = model.scope().sequence_multiple();
     let batch = &batch.padded_to(batch.seq.next_multiple_of(multiple));
     let mut tokens = Tokens::padded(model.scope(), &batch.ids, batch.seq, batch.lengths.clone())?;
-    tokens.dropout = dropout;
+    tokens.training = training;
     let targets = tokens.ids.same_place(&batch.targets)?;
     model.forward(tokens)?.cross_entropy(&targets)?.sum()
 }

@@ -53,7 +53,7 @@ fn a_resumed_run_is_bitwise_the_uninterrupted_one() {
 
 #[test]
 fn published_folders_round_trip_whole_and_in_shards() {
-    for name in ["llama", "llama3", "gpt2"] {
+    for name in ["llama", "llama3", "gpt2", "mixtral"] {
         for shard in [1 << 30, 9000] {
             let dir = tempfile::tempdir().unwrap();
             let model = hf::load(&folder(name), &Scope::solo(), Dtype::F32, None).unwrap();

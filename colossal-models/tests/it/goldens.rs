@@ -7,7 +7,7 @@ use colossal_models::train::{Batch, lm_loss};
 use colossal_models::{CausalLm, Dtype, Scope, Tokens, hf};
 use colossal_tensor::safetensors::{Archive, Owned};
 
-const FAMILIES: [&str; 3] = ["llama", "llama3", "gpt2"];
+const FAMILIES: [&str; 4] = ["llama", "llama3", "gpt2", "mixtral"];
 
 pub(crate) fn folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use colossal_comm::on_ranks;
 use colossal_models::gpt2::Gpt2Config;
 use colossal_models::llama::LlamaConfig;
+use colossal_models::mixtral::MixtralConfig;
 use colossal_models::train::{
     AdamW, Batch, LrSchedule, Plan, Precision, SequenceMode, TensorMode, Trainer, lm_loss,
 };
@@ -228,6 +229,71 @@ fn grids_of_nine_and_twelve_ranks_have_the_gradients_of_one_device() {
                 close(&format!("{tensor:?} on {tp} {key}"), values, &one[key], 2e-5);
             }
         }
+    }
+}
+
+fn mixtral() -> DecoderConfig {
+    let DecoderConfig::Llama(base) = llama() else { unreachable!("llama() is one") };
+    DecoderConfig::Mixtral(MixtralConfig {
+        router_aux_loss_coef: 0.05,
+        ..MixtralConfig::sized(LlamaConfig { intermediate_size: 24, ..base }, 4)
+    })
+}
+
+#[test]
+fn every_plan_of_a_mixture_of_experts_equals_one_device() {
+    use SequenceMode::{AllToAll, RingAttn, SplitGather};
+    let p = |dp, ep, tp, zero| Plan { dp, ep, tp, zero, bucket_mib: 1, ..Plan::default() };
+    let plans = [
+        p(1, 2, 1, 0),
+        p(1, 4, 1, 0),
+        p(2, 1, 1, 1),
+        p(2, 2, 1, 2),
+        p(1, 1, 2, 0),
+        p(1, 2, 2, 0),
+        Plan { recompute: true, ..p(1, 2, 1, 0) },
+        context(SplitGather, 1, p(1, 2, 2, 0)),
+        context(AllToAll, 2, p(1, 2, 1, 0)),
+        context(RingAttn, 2, p(1, 2, 2, 0)),
+    ];
+    let config = mixtral();
+    let one = train(&Group::solo(), &Plan::default(), &config);
+    let (loss, serial) = gradients(&Group::solo(), &Plan::default(), &config, 8);
+    for plan in plans {
+        for outcome in on_ranks(plan.ranks(), |world| train(&world, &plan, &config)) {
+            close(&format!("{plan:?} losses"), &outcome.losses, &one.losses, 2e-5);
+            close(&format!("{plan:?} norms"), &outcome.norms, &one.norms, 1e-4);
+            for (key, values) in &outcome.weights {
+                close(&format!("{plan:?} {key}"), values, &one.weights[key], 1e-3);
+            }
+        }
+        for (parallel_loss, grads) in on_ranks(plan.ranks(), |w| gradients(&w, &plan, &config, 8)) {
+            assert!((parallel_loss - loss).abs() < 1e-5 * loss, "{plan:?}");
+            for (key, values) in &grads {
+                close(&format!("{plan:?} {key}"), values, &serial[key], 2e-5);
+            }
+        }
+    }
+}
+
+/// ColossalAI's experts force ZeRO-1 (W17): here stage 2, and a rank whose experts get no token.
+#[test]
+fn w17_experts_train_under_zero_2_when_a_rank_gets_no_token() {
+    let config = mixtral();
+    let run = |world: &Group, plan: &Plan| {
+        let mut trainer = Trainer::new(world, plan, &config, optimizer(), 3).unwrap();
+        for param in trainer.model.params.all() {
+            if param.name().ends_with("block_sparse_moe.gate.weight") {
+                // Equal logits: everybody chooses experts 0 and 1, which the first rank has.
+                param.set(&vec![0.0; param.len()]).unwrap();
+            }
+        }
+        (0..2).map(|step| trainer.step(&batch(step)).unwrap().loss).collect::<Vec<_>>()
+    };
+    let one = run(&Group::solo(), &Plan::default());
+    let plan = Plan { dp: 2, ep: 2, zero: 2, bucket_mib: 1, ..Plan::default() };
+    for losses in on_ranks(4, |world| run(&world, &plan)) {
+        close("losses", &losses, &one, 1e-5);
     }
 }
 
