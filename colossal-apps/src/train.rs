@@ -188,9 +188,12 @@ enum Data {
 /// Runs a task on `plan.ranks()` ranks (threads); gives the last numbers as text.
 pub fn train(task: Task, config: &TrainConfig) -> Result<String> {
     config.plan.validate()?;
-    let parts = config.plan.dp * config.plan.microbatches;
+    let parts = config.plan.batch_parts() * config.plan.microbatches;
     if config.batch == 0 || !config.batch.is_multiple_of(parts) {
-        bail!("batch {} is no multiple of plan.dp x plan.microbatches = {parts}", config.batch);
+        bail!(
+            "batch {} is no multiple of {parts}, the parts into which the plan cuts it",
+            config.batch
+        );
     }
     if task == Task::Ppo && !config.ppo.rollouts.is_multiple_of(config.plan.dp) {
         bail!("ppo.rollouts {} is no multiple of plan.dp {}", config.ppo.rollouts, config.plan.dp);

@@ -1,20 +1,24 @@
-//! Checkpoints: a Hugging Face folder plus the optimizer's shards. Whole or absent.
+//! Checkpoints: a Hugging Face folder plus the optimizer's state. Whole or absent.
 //!
 //! ```text
 //! checkpoint-40/
 //!   config.json, model.safetensors     what transformers loads
-//!   optimizer/rank-00000.safetensors   moments (and masters) of that rank's pieces
+//!   optimizer.safetensors              m.NAME, v.NAME, master.NAME of each parameter, whole
 //!   trainer_state.json                 step, seed, plan
 //! ```
+//! Nothing in it depends on the plan: it is read under any other, each rank its own parts.
 //! Everything is written under a temporary name that becomes the folder's by one rename.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use colossal_tensor::safetensors::{Archive, Owned, save, write_atomic};
-use colossal_tensor::{Dtype, Error, Result};
+use colossal_tensor::storage::Buffer;
+use colossal_tensor::{Dtype, Error, Param, Placement, Result, Tensor, no_grad};
 use serde::{Deserialize, Serialize};
 
+use super::trainer::{Slot, State};
 use super::{Plan, Trainer};
 
 /// Shards larger than this are split, as transformers does.
@@ -42,19 +46,22 @@ pub fn save_checkpoint(trainer: &Trainer, folder: &Path) -> Result<()> {
     barrier(trainer)?;
     crate::hf::save(&trainer.model, &draft, SHARD_BYTES)?;
     let mut tensors = BTreeMap::new();
-    for (i, state) in trainer.states.iter().enumerate() {
-        let len = [state.range.len()];
-        let parts =
-            [("m", Some(&state.m)), ("v", Some(&state.v)), ("master", state.master.as_ref())];
-        for (part, buffer) in parts {
-            if let Some(buffer) = buffer {
-                let owned = Owned::from_f32(buffer.as_slice(), &len, Dtype::F32)?;
-                tensors.insert(format!("{i}.{part}"), owned);
+    for slot in &trainer.slots {
+        for (part, of) in PARTS {
+            // Parameters held in f32 are their own masters.
+            if part == "master" && trainer.plan.precision.dtype() == Dtype::F32 {
+                continue;
+            }
+            let whole = gather(trainer, slot, of)?;
+            if rank == 0 {
+                let owned = Owned::from_f32(&whole, &slot.param.global_shape(), Dtype::F32)?;
+                tensors.insert(format!("{part}.{}", slot.param.name()), owned);
             }
         }
     }
-    let path = draft.join("optimizer").join(format!("rank-{rank:05}.safetensors"));
-    save(&path, &tensors, &BTreeMap::new())?;
+    if rank == 0 {
+        save(&draft.join("optimizer.safetensors"), &tensors, &BTreeMap::new())?;
+    }
     if rank == 0 {
         let state = TrainerState {
             step: trainer.steps(),
@@ -79,48 +86,115 @@ pub fn save_checkpoint(trainer: &Trainer, folder: &Path) -> Result<()> {
     barrier(trainer)
 }
 
-/// Continues from a checkpoint of the same plan: parameters, moments, step. Every rank calls it.
+/// Which buffer of a piece of state a tensor of the file belongs to.
+type Part = fn(&State) -> Option<&Buffer>;
+
+const PARTS: [(&str, Part); 3] =
+    [("m", |s| Some(&s.m)), ("v", |s| Some(&s.v)), ("master", |s| s.master.as_ref())];
+
+/// A parameter's state, whole: its pieces put together over `dp`, then over the other axes.
+fn gather(trainer: &Trainer, slot: &Slot, of: Part) -> Result<Vec<f32>> {
+    let mut local = vec![0.0f32; slot.range.len()];
+    for state in &trainer.states {
+        if let Some((from, to)) = overlap(&state.range, &slot.range)
+            && let Some(buffer) = of(state)
+        {
+            local[to].copy_from_slice(&buffer.as_slice::<f32>()[from]);
+        }
+    }
+    let (param, mesh) = (&slot.param, trainer.model.scope().mesh());
+    if trainer.plan.zero > 0 {
+        // Each piece lies on one rank; the others add zeros.
+        let group = mesh.group("dp").map_err(|e| Error::Comm(e.to_string()))?;
+        let sum = colossal_comm::ReduceOp::Sum;
+        group.all_reduce(&mut local, sum).map_err(|e| Error::Comm(e.to_string()))?;
+    }
+    let mut layout = param.layout();
+    let t = Tensor::from_slice(param.scope(), &local, param.shape(), layout)?;
+    for axis in 0..mesh.axes().len() {
+        if matches!(layout[axis], Placement::Shard(_)) {
+            layout[axis] = Placement::Invariant;
+        }
+    }
+    no_grad(|| t.to_layout(layout))?.to_vec()
+}
+
+/// The common part of two ranges, relative to the start of each.
+fn overlap(a: &Range<usize>, b: &Range<usize>) -> Option<(Range<usize>, Range<usize>)> {
+    let (start, end) = (a.start.max(b.start), a.end.min(b.end));
+    (start < end).then(|| (start - a.start..end - a.start, start - b.start..end - b.start))
+}
+
+/// Continues from a checkpoint, written under this plan or any other: parameters, moments, step.
+/// Every rank calls it and reads its own parts.
 ///
 /// # Errors
-/// [`Error::File`] when a part is missing or belongs to another plan.
+/// [`Error::File`] when a part is missing, of another shape, or of a run with another seed.
 pub fn load_checkpoint(trainer: &mut Trainer, folder: &Path) -> Result<()> {
     let path = folder.join("trainer_state.json");
     let fail = |reason: String| Error::File { path: path.display().to_string(), reason };
     let text = std::fs::read_to_string(&path).map_err(|e| fail(e.to_string()))?;
     let state: TrainerState = serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;
-    if state.plan != trainer.plan || state.seed != trainer.seed() {
+    if state.seed != trainer.seed() {
         return Err(fail(format!(
-            "was written under another plan or seed ({:?}, seed {}); resume with the same, or load \
-             the folder as a model to start new",
-            state.plan, state.seed
+            "is of a run with seed {}, not {}; resume with the same, or load the folder as a model \
+             to start new",
+            state.seed,
+            trainer.seed()
         )));
     }
-    let loaded =
-        crate::hf::load(folder, trainer.model.scope(), trainer.plan.precision.dtype(), None)?;
-    for (to, from) in trainer.model.params.all().iter().zip(loaded.params.all()) {
-        to.set(&from.to_vec()?)?;
-    }
-    let path = folder.join("optimizer").join(format!("rank-{:05}.safetensors", trainer.rank()));
+    let path = folder.join("optimizer.safetensors");
     let archive = Archive::open(std::slice::from_ref(&path))?;
-    for (i, piece) in trainer.states.iter_mut().enumerate() {
-        let parts = [
-            ("m", Some(&mut piece.m)),
-            ("v", Some(&mut piece.v)),
-            ("master", piece.master.as_mut()),
-        ];
-        for (part, buffer) in parts {
-            let Some(buffer) = buffer else { continue };
-            let name = format!("{i}.{part}");
-            let values = archive.get(&name).map(|e| e.to_vec()).transpose()?;
-            match values {
-                Some(values) if values.len() == piece.range.len() => {
-                    buffer.as_mut_slice::<f32>().copy_from_slice(&values);
-                }
-                _ => {
-                    return Err(Error::File {
-                        path: path.display().to_string(),
-                        reason: format!("tensor {name} is missing or of another length"),
-                    });
+    // This rank's part of a parameter's state.
+    let read = |part: &str, param: &Param| -> Result<Option<Vec<f32>>> {
+        let name = format!("{part}.{}", param.name());
+        let Some(entry) = archive.get(&name) else { return Ok(None) };
+        if entry.shape != param.global_shape() {
+            return Err(Error::File {
+                path: path.display().to_string(),
+                reason: format!(
+                    "tensor {name} has shape {:?}, the model {:?}",
+                    entry.shape,
+                    param.global_shape()
+                ),
+            });
+        }
+        let (mut out, mut result) = (Vec::with_capacity(param.len()), Ok(()));
+        param.for_each_run(|start, len| {
+            if result.is_ok() {
+                result = entry.to_f32(start, len, &mut out);
+            }
+        });
+        result.map(|()| Some(out))
+    };
+    let dtype = trainer.plan.precision.dtype();
+    let loaded = crate::hf::load(folder, trainer.model.scope(), Dtype::F32, None)?;
+    for slot in &trainer.slots {
+        let published = loaded.params.get(slot.param.name())?.to_vec()?;
+        let master = read("master", &slot.param)?;
+        // Held in f32, the masters are the parameters.
+        let values = match &master {
+            Some(master) if dtype == Dtype::F32 => master,
+            _ => &published,
+        };
+        slot.param.set(values)?;
+        let [m, v] = ["m", "v"].map(|part| -> Result<Vec<f32>> {
+            read(part, &slot.param)?.ok_or_else(|| Error::File {
+                path: path.display().to_string(),
+                reason: format!("tensor {part}.{} is missing", slot.param.name()),
+            })
+        });
+        let (m, v, master) = (m?, v?, master.unwrap_or(published));
+        for piece in &mut trainer.states {
+            let Some((to, from)) = overlap(&piece.range, &slot.range) else { continue };
+            let parts = [
+                (Some(&mut piece.m), &m),
+                (Some(&mut piece.v), &v),
+                (piece.master.as_mut(), &master),
+            ];
+            for (buffer, values) in parts {
+                if let Some(buffer) = buffer {
+                    buffer.as_mut_slice::<f32>()[to.clone()].copy_from_slice(&values[from.clone()]);
                 }
             }
         }

@@ -130,6 +130,12 @@ impl Plan {
         self.dp * self.ep * self.sp * self.tp
     }
 
+    /// Parts into which it cuts a batch, before microbatches.
+    pub fn batch_parts(&self) -> usize {
+        let cut = |role: &Role| role.batch == colossal_tensor::Placement::Shard(0);
+        self.rows().iter().filter(|(_, _, role)| cut(role)).map(|(_, n, _)| n).product()
+    }
+
     /// The mesh and the map of this plan over `world`.
     ///
     /// # Errors
