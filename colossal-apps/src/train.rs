@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::chat::Progress;
 use crate::chat::corpus::{self, Split};
 use crate::chat::ppo::{Models, PpoConfig, Run, ppo};
-use crate::chat::reward::{TokenPair, accuracy, reward};
+use crate::chat::reward::{TokenPair, accuracy, reward, score};
 use crate::chat::sft::{Talk, evaluate, sft};
 use crate::dataset;
 use crate::tokenizer::ChatTokenizer;
@@ -429,13 +429,14 @@ fn align(
     let mut progress = Progress::open(&config.output_dir, first, newest.is_some())?;
     progress.stage("ppo", config.ppo.iterations);
     let run = Run { prompts, demonstrations: &[], end_of_turn: end, config: &config.ppo };
+    let scored = |rows: &[&[i32]]| score(&reward, rows);
     while done < config.ppo.iterations {
         let upto = config.next_stop(done, config.ppo.iterations);
         let mut models = Models {
             actor: &mut actor,
             critic: &mut critic,
             reference: &reference,
-            reward: &reward,
+            judge: &scored,
         };
         ppo(&mut models, &run, done..upto, &mut progress)?;
         done = upto;

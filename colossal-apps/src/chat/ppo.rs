@@ -17,7 +17,7 @@ use super::Progress;
 use super::advantage::{gae, moments, whiten};
 use super::kl::{k1, penalised_rewards};
 use super::policy_loss::{policy_loss, value_loss};
-use super::reward::{pad, score, token_scores};
+use super::reward::{pad, token_scores};
 use super::sft::{Talk, together};
 
 /// Hyper-parameters of PPO; defaults follow ColossalChat and TRL.
@@ -85,8 +85,10 @@ struct Rollout {
     divergence: f32,
 }
 
-/// The four models of PPO: two in training, two frozen.
-#[derive(Debug)]
+/// What judges whole conversations, one reward each: a model (see `score`) or any rule.
+pub type Judge<'a> = dyn Fn(&[&[i32]]) -> Result<Vec<f32>> + 'a;
+
+/// The models of PPO: two in training, one frozen, and the judge.
 pub struct Models<'a> {
     /// The policy.
     pub actor: &'a mut Trainer,
@@ -95,7 +97,17 @@ pub struct Models<'a> {
     /// The policy before.
     pub reference: &'a CausalLm,
     /// One reward per answer.
-    pub reward: &'a CausalLm,
+    pub judge: &'a Judge<'a>,
+}
+
+impl std::fmt::Debug for Models<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (actor, critic) = (&self.actor, &self.critic);
+        f.debug_struct("Models")
+            .field("actor", actor)
+            .field("critic", critic)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What PPO learns from.
@@ -199,7 +211,7 @@ fn roll_out(
     let policy = no_grad(|| token_losses(&models.actor.model, &rows))?.to_vec()?;
     let reference = no_grad(|| token_losses(models.reference, &rows))?.to_vec()?;
     let (values, seq) = no_grad(|| token_scores(&models.critic.model, &rows))?;
-    let (values, scores) = (values.to_vec()?, score(models.reward, &rows)?);
+    let (values, scores) = (values.to_vec()?, (models.judge)(&rows)?);
     let stride = seq - 1;
     let answered = whole.iter().zip(prompts).zip(answers.iter().zip(&scores)).enumerate();
     Ok(answered

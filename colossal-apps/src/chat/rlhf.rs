@@ -299,8 +299,9 @@ fn on_rank(config: &RlhfConfig, data: &Data, resumed: bool, world: &Group) -> Re
     let constant = |lr| AdamW { lr: LrSchedule::constant(lr), ..AdamW::default() };
     let mut actor = open(&folder("sft"), None, constant(config.actor_lr))?;
     let mut critic = open(&folder("reward"), None, constant(config.critic_lr))?;
+    let scored = |rows: &[&[i32]]| score(&judge, rows);
     let mut models =
-        Models { actor: &mut actor, critic: &mut critic, reference: &reference, reward: &judge };
+        Models { actor: &mut actor, critic: &mut critic, reference: &reference, judge: &scored };
     let run = Run {
         prompts: &data.prompts.train,
         demonstrations: &data.talks.train,
