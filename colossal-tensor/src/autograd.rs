@@ -117,14 +117,25 @@ pub(crate) fn record_edges(
     inputs: Vec<Edge>,
     backward: impl FnOnce(Tensor, &mut Backward<'_>) -> Result<()> + Send + 'static,
 ) -> Tensor {
-    if output.scope().is_fake() {
-        return output;
-    }
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
     let backward: BackwardFn = Box::new(backward);
     let node = Node { id, op, inputs, backward: Mutex::new(Some(backward)) };
     output.with_edge(Edge::Node(Arc::new(node)))
+}
+
+/// On a pretended mesh: `output` of an op that would save these tensors.
+pub(crate) fn pretended(
+    op: &'static str,
+    output: Tensor,
+    inputs: &[&Tensor],
+    saved: &[&Tensor],
+) -> Tensor {
+    let saved: Vec<Tensor> = saved.iter().map(|t| t.detach()).collect();
+    record(op, output, inputs, move |_, _| {
+        drop(saved);
+        Err(Error::Fake("backward"))
+    })
 }
 
 /// Where gradients of parameters go.
@@ -365,6 +376,9 @@ impl Tensor {
         sink: &mut dyn GradSink,
         deferred: Option<&mut Deferred>,
     ) -> Result<()> {
+        if self.scope().is_fake() {
+            return Err(Error::Fake("backward"));
+        }
         if self.len() != 1 {
             return Err(Error::Backward(format!(
                 "starts from a scalar, not from shape {:?}; reduce it with sum()",

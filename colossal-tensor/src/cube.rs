@@ -17,7 +17,7 @@
 use colossal_comm::{Group, ReduceOp};
 use colossal_kernels::{self as kernels, Epilogue, Mat, MatMut};
 
-use crate::autograd::{Weight, record};
+use crate::autograd::{Weight, pretended, record};
 use crate::dtype::{Element, float};
 use crate::error::{Result, comm};
 use crate::ops::produce;
@@ -69,7 +69,15 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axes: Axes) -> Result<Tensor> {
     let mut shape = x.shape().to_vec();
     shape[last] = n;
     if scope.is_fake() {
-        return Ok(Tensor::pretend(&scope, &shape, x.dtype(), layout));
+        let y = Tensor::pretend(&scope, &shape, x.dtype(), layout);
+        let others = q - 1;
+        let bytes = |t: &Tensor| others * t.len() * t.dtype().bytes();
+        let input = usize::from(x.requires_grad());
+        scope.sends("linear", axes.rows, bytes(x), (input + 1) * bytes(x));
+        scope.sends("linear", axes.width, bytes(&y), bytes(&y));
+        let sums = others * w.len() * size_of::<f32>();
+        scope.sends("linear", axes.depth, bytes(w), input * bytes(w) + sums);
+        return Ok(pretended("linear", y, &[x, w], &[x]));
     }
     let group = |axis: usize| -> Result<Group> {
         Ok(scope.mesh().group(&scope.axis(axis).0).map_err(comm)?.clone())

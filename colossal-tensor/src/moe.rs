@@ -16,7 +16,7 @@ use std::sync::Arc;
 use colossal_comm::{Group, ReduceOp};
 use colossal_kernels::{self as kernels, Epilogue, Float, Mat, MatMut};
 
-use crate::autograd::{Weight, record};
+use crate::autograd::{Weight, pretended, record};
 use crate::dtype::{Dtype, Element, float};
 use crate::error::{Error, Result, comm};
 use crate::ops::{produce, same_dtype};
@@ -149,8 +149,14 @@ impl Tensor {
         shape[last] = k;
         if self.scope().is_fake() {
             let scope = self.scope();
+            for axis in scope.wide_axes().filter(|a| share != 0.0 && matches!(layout[*a], Shard(_)))
+            {
+                let n = scope.axis(axis).1;
+                scope.sends("route", axis, 2 * (4 * (experts + 1) * (n - 1) / n), 0);
+            }
             let weights = Tensor::pretend(scope, &shape, Dtype::F32, layout);
-            return Ok((weights, Tensor::pretend(scope, &shape, Dtype::I32, layout)));
+            let choice = Tensor::pretend(scope, &shape, Dtype::I32, layout);
+            return Ok((pretended("route", weights, &[self], &[self, &choice]), choice));
         }
         let mut scores = self.to_vec()?;
         let logits = (routing.z > 0.0).then(|| scores.clone());
@@ -264,6 +270,7 @@ impl Tensor {
             let right = [journey.choices / journey.k.max(1), width];
             return Err(Error::shape("dispatch", self.shape(), &right, "tokens that were routed"));
         }
+        journey.pretend_to_send("dispatch", self.scope(), width * self.dtype().bytes());
         let y = produce(self.scope(), &shape, self.dtype(), layout, |y| {
             float!("dispatch", self.dtype(), T => {
                 let x = self.read::<T>()?;
@@ -380,7 +387,11 @@ impl Tensor {
         let k = journey.k;
         let (scope, dtype) = (self.scope().clone(), self.dtype());
         if scope.is_fake() {
-            return Ok(Tensor::pretend(&scope, &shape, dtype, layout));
+            journey.pretend_to_send("combine", &scope, width * dtype.bytes());
+            let y = Tensor::pretend(&scope, &shape, dtype, layout);
+            // The rows that came back are kept, as many as there are here.
+            let rows = Tensor::pretend(&scope, self.shape(), dtype, self.layout());
+            return Ok(pretended("combine", y, &[self, weights], &[&rows, weights]));
         }
         let w = weights.to_vec()?;
         let (y, rows) = float!("combine", dtype, T => {
@@ -449,8 +460,9 @@ pub struct Journey {
     /// First row of each expert of this rank, and the end.
     starts: Vec<usize>,
     rows: usize,
-    /// The ranks among which the experts are cut.
+    /// The ranks among which the experts are cut, and their axis.
     group: Option<Group>,
+    axis: Option<usize>,
     /// Choices of each expert (all of them), before capacity, of this rank's tokens.
     load: Vec<usize>,
 }
@@ -476,6 +488,7 @@ impl Journey {
                 starts,
                 rows,
                 group: None,
+                axis,
                 load: vec![],
             }));
         }
@@ -523,6 +536,7 @@ impl Journey {
             arrived,
             starts,
             group,
+            axis,
             load,
         }))
     }
@@ -540,6 +554,16 @@ impl Journey {
                 operands: vec![choice.layout()[axis], Shard(0)],
             }),
             _ => Err(Error::Other("dispatch: experts may be cut along one axis only".into())),
+        }
+    }
+
+    /// Enters a way there and the gradient's way back in the account of a pretended mesh, with
+    /// experts evenly used: rows of so many bytes.
+    fn pretend_to_send(&self, op: &'static str, scope: &Scope, row: usize) {
+        if let Some(axis) = self.axis {
+            let ranks = scope.axis(axis).1;
+            let sent = self.rows * row * (ranks - 1) / ranks;
+            scope.sends(op, axis, sent, sent);
         }
     }
 

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use colossal_comm::{Group, Pending};
 use colossal_kernels::{self as kernels, Epilogue, Float, Mat, MatMut};
 
-use crate::autograd::{Weight, record};
+use crate::autograd::{Weight, pretended, record};
 use crate::dtype::{Element, float};
 use crate::error::{Error, Result, comm};
 use crate::ops::produce;
@@ -69,7 +69,13 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axis: usize, kind: Kind) -> Result<
     }
     let shape = [batch, if kind == Kind::Column { whole } else { part }, n];
     if x.scope().is_fake() {
-        return Ok(Tensor::pretend(x.scope(), &shape, x.dtype(), layout));
+        let y = Tensor::pretend(x.scope(), &shape, x.dtype(), layout);
+        let step = batch * part * x.dtype().bytes() * (ranks - 1);
+        match kind {
+            Kind::Column => x.scope().sends(op, axis, step * k, 2 * step * k),
+            Kind::Row => x.scope().sends(op, axis, step * n, step * n),
+        }
+        return Ok(pretended(op, y, &[x, w], &[x]));
     }
     let walk = Walk { group: x.scope().mesh().group(&name).map_err(comm)?.clone(), batch, part };
     let y = produce(x.scope(), &shape, x.dtype(), layout, |y| {

@@ -14,8 +14,15 @@ pub fn recompute(
     x: &Tensor,
     f: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    if !is_grad_enabled() || x.scope().is_fake() {
+    if !is_grad_enabled() {
         return f(x);
+    }
+    if let Some(account) = x.scope().account() {
+        // What backward will send; what it will save is dropped with the result.
+        account.again(true);
+        let again = f(&crate::autograd::pretended("recompute", x.detach(), &[x], &[]));
+        account.again(false);
+        drop(again?);
     }
     let (y, used) = record_used(|| f(&x.detach()));
     let y = y?;

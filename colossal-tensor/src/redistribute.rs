@@ -59,7 +59,7 @@ impl Tensor {
         let mut out = self.detach();
         for axis in &moves {
             nested(&out, *axis, to[*axis])?;
-            out = shift(&out, *axis, to[*axis])?;
+            out = self.pretend_to_send(shift(&out, *axis, to[*axis])?, &out, *axis);
         }
         Ok(record("redistribute", out, &[self], move |grad, back| {
             let mut grad = grad;
@@ -74,10 +74,39 @@ impl Tensor {
     /// they came from may take them out of order meanwhile.
     pub(crate) fn exchange(&self, axis: usize, to: Placement) -> Result<Tensor> {
         let from = self.layout()[axis];
-        let out = shift(&self.detach(), axis, to)?;
+        let out = self.pretend_to_send(shift(&self.detach(), axis, to)?, self, axis);
         Ok(record("exchange", out, &[self], move |grad, back| {
             back.give(0, shift(&grad, axis, from.dual())?)
         }))
+    }
+}
+
+impl Tensor {
+    /// Enters the move from `old` to `new` in the account of a pretended mesh.
+    fn pretend_to_send(&self, new: Tensor, old: &Tensor, axis: usize) -> Tensor {
+        let (from, to) = (old.layout()[axis], new.layout()[axis]);
+        let bytes = |t: &Tensor| t.len() * t.dtype().bytes();
+        let ranks = self.scope().axis(axis).1;
+        let there = cost(from, to, bytes(old), ranks);
+        let back = match self.requires_grad() {
+            true => cost(to.dual(), from.dual(), bytes(&new), ranks),
+            false => 0,
+        };
+        if there + back > 0 {
+            self.scope().sends("redistribute", axis, there, back);
+        }
+        new
+    }
+}
+
+/// Bytes that one rank sends to move `bytes` of its part of a tensor.
+fn cost(from: Placement, to: Placement, bytes: usize, ranks: usize) -> usize {
+    match (from, to) {
+        (a, b) if a == b => 0,
+        (Partial, Invariant | Replicate) => 2 * (bytes * (ranks - 1) / ranks),
+        (Shard(_), Replicate | Invariant) => bytes * (ranks - 1),
+        (Partial, Shard(_)) | (Shard(_), Shard(_)) => bytes * (ranks - 1) / ranks,
+        _ => 0,
     }
 }
 

@@ -19,7 +19,7 @@ use bytemuck::Pod;
 use colossal_comm::{Group, Pending};
 use colossal_kernels::{self as kernels, AttentionShape, Float};
 
-use crate::autograd::record;
+use crate::autograd::{pretended, record};
 use crate::dtype::{Element, float};
 use crate::error::{Error, Result, comm};
 use crate::ops::{AttentionMask, produce};
@@ -43,7 +43,10 @@ pub(crate) fn ring_attention(
     }
     let (layout, dtype) = (q.layout(), q.dtype());
     if q.scope().is_fake() {
-        return produce(q.scope(), q.shape(), dtype, layout, |_| Ok(()));
+        let out = produce(q.scope(), q.shape(), dtype, layout, |_| Ok(()))?;
+        pretend_to_send(k, axes);
+        let saved = out.clone();
+        return Ok(pretended("ring_attention", out, &[q, k, v], &[q, k, v, &saved]));
     }
     let ring = Ring::new(q, k, mask, axes)?;
     let mut lse = Buffer::new::<f32>(ring.chunks * ring.batch * ring.heads * ring.chunk);
@@ -78,6 +81,23 @@ pub(crate) fn ring_attention(
         back.give(1, Tensor::wrap(&scope, dk, k_saved.shape(), dtype, dout.layout()))?;
         back.give(0, dq)
     }))
+}
+
+/// Enters what the rings send in the account of a pretended mesh: keys and values forward and
+/// backward, their gradients in f32, and the way home.
+fn pretend_to_send(k: &Tensor, axes: &[usize]) {
+    let scope = k.scope();
+    let sizes: Vec<usize> = axes.iter().map(|a| scope.axis(*a).1).collect();
+    let inner = sizes.last().copied().unwrap_or(1);
+    let outer = sizes.iter().product::<usize>() / inner;
+    let steps = [outer - 1, outer * (inner - 1)];
+    let (kv, gradients) = (2 * k.len() * k.dtype().bytes(), 2 * k.len() * size_of::<f32>());
+    for ((axis, n), steps) in axes.iter().zip(&sizes).zip(&steps[2 - axes.len()..]) {
+        let home = usize::from(steps % n != 0);
+        let back = steps * kv + (steps + home) * gradients;
+        let back = if k.requires_grad() { back } else { 0 };
+        scope.sends("ring_attention", *axis, steps * kv, back);
+    }
 }
 
 /// Sizes, places and groups of one call.

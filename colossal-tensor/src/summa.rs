@@ -19,7 +19,7 @@ use bytemuck::Pod;
 use colossal_comm::{Group, ReduceOp};
 use colossal_kernels::{self as kernels, Epilogue, Mat, MatMut};
 
-use crate::autograd::{Weight, record};
+use crate::autograd::{Weight, pretended, record};
 use crate::dtype::{Element, float};
 use crate::error::{Error, Result, comm};
 use crate::ops::produce;
@@ -56,7 +56,23 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, [row, col]: [usize; 2]) -> Result<T
     let mut shape = x.shape().to_vec();
     shape[last] = n;
     if x.scope().is_fake() {
-        return Ok(Tensor::pretend(x.scope(), &shape, x.dtype(), layout));
+        let scope = x.scope();
+        let y = Tensor::pretend(scope, &shape, x.dtype(), layout);
+        let (size, others) = (x.dtype().bytes(), scope.axis(row).1 - 1);
+        let (xb, wb, yb) = (m * k * size, n * k * size, m * n * size);
+        let sums = others * n * k * size_of::<f32>();
+        let input = usize::from(x.requires_grad());
+        match second {
+            false => {
+                scope.sends("linear", row, wb, input * wb + sums);
+                scope.sends("linear", col, xb, input * others * xb + xb);
+            }
+            true => {
+                scope.sends("linear", row, wb, input * wb + sums);
+                scope.sends("linear", col, others * yb, input * yb + yb);
+            }
+        }
+        return Ok(pretended("linear", y, &[x, w], &[x]));
     }
     let grid = Grid::new(x, row, col)?;
     let y = produce(x.scope(), &shape, x.dtype(), layout, |y| {

@@ -11,6 +11,7 @@ use colossal_comm::Mesh;
 use crate::autograd::Edge;
 use crate::dtype::{Dtype, Element};
 use crate::error::{Error, Result};
+use crate::fake::{Account, Pretended};
 use crate::params::{Lease, Param};
 use crate::placement::{Context, Layout, Placement, Role, Sharding, axis_of};
 use crate::storage::Buffer;
@@ -23,13 +24,14 @@ pub struct Scope(Arc<ScopeInner>);
 struct ScopeInner {
     mesh: Mesh,
     sharding: Sharding,
-    fake: bool,
+    /// On a pretended mesh: what would be held and sent.
+    account: Option<Arc<Account>>,
 }
 
 impl Scope {
     /// Tensors on this mesh under this map.
     pub fn new(mesh: Mesh, sharding: Sharding) -> Scope {
-        Scope(Arc::new(ScopeInner { mesh, sharding, fake: false }))
+        Scope(Arc::new(ScopeInner { mesh, sharding, account: None }))
     }
 
     /// One device, no parallelism.
@@ -39,7 +41,8 @@ impl Scope {
 
     /// A pretended mesh: shapes and layouts are checked, no values exist and nothing is sent.
     pub fn fake(axes: &[(&'static str, usize)], sharding: Sharding) -> Scope {
-        Scope(Arc::new(ScopeInner { mesh: Mesh::fake(axes), sharding, fake: true }))
+        let account = Some(Arc::default());
+        Scope(Arc::new(ScopeInner { mesh: Mesh::fake(axes), sharding, account }))
     }
 
     /// The mesh.
@@ -54,7 +57,19 @@ impl Scope {
 
     /// Is the mesh pretended?
     pub fn is_fake(&self) -> bool {
-        self.0.fake
+        self.0.account.is_some()
+    }
+
+    /// What a pretended mesh has seen.
+    pub(crate) fn account(&self) -> Option<&Arc<Account>> {
+        self.0.account.as_ref()
+    }
+
+    /// On a pretended mesh: `op` would send so many bytes along `axis` now, and in backward.
+    pub(crate) fn sends(&self, op: &'static str, axis: usize, forward: usize, backward: usize) {
+        if let Some(account) = &self.0.account {
+            account.sends(op, axis, forward, backward);
+        }
     }
 
     /// A batch of which `data` holds this rank's part, laid out as [`Sharding::batch`] says.
@@ -190,8 +205,8 @@ enum Data {
     Owned(Arc<Buffer>, usize),
     /// Elements from an offset on behind a parameter's handle: reached through a guard, never kept.
     Param(Arc<Param>, usize),
-    /// On a pretended mesh.
-    Fake,
+    /// On a pretended mesh: the bytes that views of one tensor share.
+    Fake(Arc<Pretended>),
 }
 
 /// The values of a tensor for as long as this lives. For a parameter it is the guard.
@@ -271,13 +286,20 @@ impl Tensor {
             shape: shape.to_vec(),
             dtype,
             layout,
-            data: Data::Fake,
+            data: Data::Fake(Pretended::new(
+                scope,
+                shape.iter().product::<usize>() * dtype.bytes(),
+            )),
             edge: Edge::None,
         }))
     }
 
     pub(crate) fn of_param(param: &Arc<Param>) -> Tensor {
-        let data = if param.scope().is_fake() { Data::Fake } else { Data::Param(param.clone(), 0) };
+        let data = match param.scope().is_fake() {
+            // Parameters are counted by themselves.
+            true => Data::Fake(Pretended::new(param.scope(), 0)),
+            false => Data::Param(param.clone(), 0),
+        };
         let edge = crate::autograd::leaf(param);
         Tensor(Arc::new(Inner {
             scope: param.scope().clone(),
@@ -300,7 +322,7 @@ impl Tensor {
         let data = match &self.0.data {
             Data::Owned(buffer, old) => Data::Owned(buffer.clone(), old + offset),
             Data::Param(param, old) => Data::Param(param.clone(), old + offset),
-            Data::Fake => Data::Fake,
+            Data::Fake(bytes) => Data::Fake(bytes.clone()),
         };
         Tensor(Arc::new(Inner {
             scope: self.0.scope.clone(),
@@ -446,7 +468,7 @@ impl Tensor {
                 let range = offset * size..(offset + self.len()) * size;
                 ValuesInner::Leased(param.lease()?.narrow(range))
             }
-            Data::Fake => return Err(Error::Fake("read")),
+            Data::Fake(_) => return Err(Error::Fake("read")),
         }))
     }
 

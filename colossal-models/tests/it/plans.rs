@@ -9,9 +9,10 @@ use colossal_models::mixtral::MixtralConfig;
 use colossal_models::train::{
     AdamW, Batch, LrSchedule, Plan, Precision, SequenceMode, TensorMode, Trainer, lm_loss,
 };
-use colossal_models::{DecoderConfig, Group, hf};
+use colossal_models::{CausalLm, Decoder, DecoderConfig, Group, Scope, hf};
 use colossal_tensor::safetensors::Owned;
-use colossal_tensor::{Dtype, Tensor, fake};
+use colossal_tensor::storage::memory_stats;
+use colossal_tensor::{Dtype, Stack, Tensor, fake};
 
 fn llama() -> DecoderConfig {
     DecoderConfig::Llama(LlamaConfig {
@@ -372,6 +373,54 @@ fn w03_a_sequence_mode_is_never_changed_for_another() {
     let unknown = toml::from_str::<Plan>("sequence_parallel = 'rings'").unwrap_err().to_string();
     for mode in ["split_gather", "ring", "all_to_all", "ring_attn", "usp"] {
         assert!(unknown.contains(mode), "{unknown}");
+    }
+}
+
+/// What a pretended mesh says is sent and held, against counters and allocator of the real run.
+#[test]
+fn pretended_bytes_of_every_plan_equal_the_counters() {
+    let mut cases = vec![];
+    for plan in table() {
+        cases.push(("llama", llama(), plan.clone()));
+        cases.push(("gpt2", gpt2(), plan));
+    }
+    cases.push(("mixtral", mixtral(), Plan { dp: 2, tp: 2, ..Plan::default() }));
+    for (name, config, plan) in cases {
+        let loss = |model: CausalLm, scope: &Scope| {
+            let (part, parts) = scope.batch_part();
+            let model = CausalLm { stack: model.stack.recompute(plan.recompute), ..model };
+            lm_loss(&model, &batch(0).part(part, parts)?, None)
+        };
+        let report = fake::check(&plan.axes(), plan.sharding(), Dtype::F32, |params| {
+            let stack = Stack::build::<Decoder>(params, &config)?;
+            let model = CausalLm { config: config.clone(), stack, params: params.clone() };
+            loss(model, params.scope())
+        })
+        .unwrap();
+        let measured = on_ranks(plan.ranks(), |world| {
+            let scope = plan.scope(&world).unwrap();
+            let sent = || -> Vec<usize> {
+                let axes = scope.mesh().axes().iter();
+                let groups = axes.map(|(axis, _)| scope.mesh().group(axis).unwrap());
+                groups.map(|g| g.counters().bytes() as usize).collect()
+            };
+            let model = CausalLm::new(&scope, &config, 3, Dtype::F32).unwrap();
+            let (start, base) = (sent(), memory_stats().in_use);
+            let loss = loss(model, &scope).unwrap();
+            let (middle, held) = (sent(), memory_stats().in_use - base);
+            loss.backward().unwrap();
+            let end = sent();
+            let both = start.iter().zip(&middle).zip(&end);
+            (both.map(|((a, b), c)| (b - a, c - b)).collect::<Vec<_>>(), held)
+        });
+        for (sent, held) in measured {
+            for ((axis, _), sent) in plan.axes().iter().zip(sent) {
+                assert_eq!(report.sent(axis), sent, "{name} {plan:?} along {axis}");
+            }
+            // Small tensors are rounded up, and sums of rows are not in the account.
+            let off = held as f64 / report.activation_bytes as f64;
+            assert!((0.9..1.4).contains(&off), "{name} {plan:?} holds {off} of what is planned");
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use colossal_kernels as kernels;
 
 use super::index::token_ids;
 use super::produce;
-use crate::autograd::{Weight, record};
+use crate::autograd::{Weight, pretended, record};
 use crate::dtype::float;
 use crate::error::{Result, comm};
 use crate::placement::Layout;
@@ -27,7 +27,17 @@ pub(crate) fn embedding(
 ) -> Result<Tensor> {
     let (scope, dtype, dim) = (table.scope().clone(), table.dtype(), table.shape()[1]);
     if scope.is_fake() {
-        return Ok(Tensor::pretend(&scope, shape, dtype, layout));
+        let y = Tensor::pretend(&scope, shape, dtype, layout);
+        let (own, mut ids) = (y.len() * dtype.bytes(), size_of::<i32>() * ids.len());
+        let outer = scope.axis(axes[0]).1;
+        if let Some(inner) = axes.get(1) {
+            let others = scope.axis(*inner).1 - 1;
+            let wide = outer * others * own;
+            scope.sends("embedding", *inner, others * ids + wide, wide);
+            ids *= others + 1;
+        }
+        scope.sends("embedding", axes[0], (outer - 1) * (ids + own), own);
+        return Ok(pretended("embedding", y, &[table], &[]));
     }
     let group = |axis: &usize| -> Result<Group> {
         Ok(scope.mesh().group(&scope.axis(*axis).0).map_err(comm)?.clone())

@@ -7,7 +7,7 @@ use colossal_comm::ReduceOp;
 use colossal_kernels::Float;
 
 use super::produce;
-use crate::autograd::{Weight, record};
+use crate::autograd::{Weight, pretended, record};
 use crate::dtype::float;
 use crate::error::{Result, comm};
 use crate::placement::{Layout, Placement};
@@ -30,7 +30,15 @@ pub(crate) fn norm(
 ) -> Result<Tensor> {
     let (scope, dtype, local) = (x.scope().clone(), x.dtype(), x.last_dim());
     if scope.is_fake() {
-        return Ok(Tensor::pretend(&scope, x.shape(), dtype, layout));
+        let y = Tensor::pretend(&scope, x.shape(), dtype, layout);
+        let numbers = if bias.is_some() { 2 } else { 1 };
+        for axis in axes {
+            let n = scope.axis(*axis).1;
+            let sent = 2 * (size_of::<f32>() * x.rows() * (n - 1) / n) * numbers;
+            scope.sends("norm", *axis, sent, sent);
+        }
+        let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
+        return Ok(pretended("norm", y, &inputs, &[x]));
     }
     let width = (local * axes.iter().map(|a| scope.axis(*a).1).product::<usize>()) as f32;
     let centred = bias.is_some();
