@@ -5,18 +5,18 @@
 pub(crate) fn exp(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
     let clamped = x.clamp(-87.336_54, 88.722_83);
-    let n = clamped * std::f32::consts::LOG2_E + MAGIC;
+    let n = clamped.mul_add(std::f32::consts::LOG2_E, MAGIC);
     let power = (n.to_bits() as i32) << 23;
     let n = n - MAGIC;
-    let r = clamped - n * 0.693_359_4;
-    let r = r + n * 2.121_944_4e-4;
-    let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let y = p * r * r + r + 1.0;
+    let r = n.mul_add(-0.693_359_4, clamped);
+    let r = n.mul_add(2.121_944_4e-4, r);
+    let p = 1.987_569_1e-4f32;
+    let p = p.mul_add(r, 1.398_199_9e-3);
+    let p = p.mul_add(r, 8.333_452e-3);
+    let p = p.mul_add(r, 4.166_579_6e-2);
+    let p = p.mul_add(r, 1.666_666_5e-1);
+    let p = p.mul_add(r, 0.5);
+    let y = (p * r).mul_add(r, r) + 1.0;
     // Multiply by 2^n through the exponent; 2^128 does not occur thanks to the clamp.
     let y = f32::from_bits((y.to_bits() as i32).wrapping_add(power) as u32);
     if x < -87.336_54 { 0.0 } else { y }

@@ -234,6 +234,7 @@ fn attention_cases(f: impl Fn(&AttentionShape<'_>)) {
     f(&plain(2, 3, 40, 4, 1, 20));
     f(&plain(1, 150, 150, 2, 2, 16));
     f(&plain(1, 70, 200, 4, 2, 24));
+    f(&plain(1, 75, 130, 2, 1, 40));
     f(&AttentionShape { causal: false, ..plain(2, 66, 131, 2, 1, 8) });
     f(&AttentionShape { window: Some(20), ..plain(1, 140, 140, 2, 2, 12) });
     let (q_lens, kv_lens) = ([40, 0, 70], [60, 5, 33]);

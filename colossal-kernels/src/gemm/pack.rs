@@ -8,7 +8,7 @@ use crate::float::Float;
 use crate::isa::simd;
 
 /// Packs rows `first .. first + width` of `a` (zeros beyond its end) in the kernel's format.
-pub(super) fn panel<T: Float>(
+pub(crate) fn panel<T: Float>(
     kernel: &Kernel,
     a: Mat<'_, T>,
     first: usize,

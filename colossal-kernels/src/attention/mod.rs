@@ -1,0 +1,252 @@
+//! Attention without the s×s matrix (FlashAttention; Dao et al., 2022; Dao, 2023).
+//!
+//! Forward walks over blocks of keys with a running maximum and sum; backward recomputes the
+//! probabilities from the log-sum-exp that forward kept. All products are tiles of the
+//! micro-kernel of matrix products; tiles that the mask hides are not computed. With AVX-512 BF16
+//! probabilities and their gradients are rounded to bf16 on the way into the next product, sums
+//! stay in f32. One piece of work is a (sequence, head) pair, in backward a (sequence, key head)
+//! pair, whose query heads add to the same keys.
+
+mod backward;
+mod decode;
+mod forward;
+
+use crate::float::Float;
+use crate::gemm::Mat;
+use crate::gemm::micro::Kernel;
+use crate::gemm::pack::panel;
+use crate::isa::simd;
+use crate::profile::Work;
+
+pub use backward::flash_attention_backward;
+pub use forward::flash_attention;
+
+/// Sizes and mask of an attention call.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionShape<'a> {
+    /// Sequences.
+    pub batch: usize,
+    /// Queries per sequence.
+    pub q_len: usize,
+    /// Keys per sequence.
+    pub kv_len: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Size of a head.
+    pub head_dim: usize,
+    /// Elements from one sequence's keys to the next; 0 is dense. A KV cache has room to grow.
+    pub kv_batch_stride: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// A query sees keys at or before its own position only; the last query is at the last key.
+    pub causal: bool,
+    /// With `causal`: a query sees the last this many keys only, its own included.
+    pub window: Option<usize>,
+    /// Real queries of each sequence; rows beyond get zeros.
+    pub q_lens: Option<&'a [i32]>,
+    /// Real keys of each sequence.
+    pub kv_lens: Option<&'a [i32]>,
+    /// Added to the scores.
+    pub bias: Option<AttentionBias<'a>>,
+}
+
+/// A bias of the scores: element `(b, h, i, j)` at `b * batch_stride + h * head_stride +
+/// i * kv_len + j`; stride 0 broadcasts. It has no gradient.
+#[derive(Debug, Clone, Copy)]
+pub struct AttentionBias<'a> {
+    /// The values.
+    pub data: &'a [f32],
+    /// Distance between sequences.
+    pub batch_stride: usize,
+    /// Distance between heads.
+    pub head_stride: usize,
+}
+
+impl AttentionShape<'_> {
+    /// Causal, everything real, scaled by `1 / sqrt(head_dim)`.
+    pub fn new(
+        batch: usize,
+        q_len: usize,
+        kv_len: usize,
+        heads: usize,
+        kv_heads: usize,
+        head_dim: usize,
+    ) -> AttentionShape<'static> {
+        AttentionShape {
+            batch,
+            q_len,
+            kv_len,
+            heads,
+            kv_heads,
+            head_dim,
+            kv_batch_stride: 0,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            causal: true,
+            window: None,
+            q_lens: None,
+            kv_lens: None,
+            bias: None,
+        }
+    }
+
+    pub(crate) fn q_real(&self, b: usize) -> usize {
+        self.q_lens.map_or(self.q_len, |l| (l[b].max(0) as usize).min(self.q_len))
+    }
+
+    pub(crate) fn kv_real(&self, b: usize) -> usize {
+        self.kv_lens.map_or(self.kv_len, |l| (l[b].max(0) as usize).min(self.kv_len))
+    }
+
+    /// The first query of sequence `b` that sees key `j`, if any later one does too.
+    fn first_query(&self, b: usize, j: usize) -> usize {
+        let (q, kv) = (self.q_real(b), self.kv_real(b));
+        if self.causal { (j + q).saturating_sub(kv) } else { 0 }
+    }
+
+    pub(crate) fn kv_stride(&self) -> usize {
+        match self.kv_batch_stride {
+            0 => self.kv_len * self.kv_heads * self.head_dim,
+            stride => stride,
+        }
+    }
+
+    /// Keys that query `i` of sequence `b` sees.
+    pub(crate) fn visible(&self, b: usize, i: usize) -> std::ops::Range<usize> {
+        let (q, kv) = (self.q_real(b), self.kv_real(b));
+        if !self.causal {
+            return 0..kv;
+        }
+        let end = (kv + i + 1).saturating_sub(q).min(kv);
+        let start = self.window.map_or(0, |w| end.saturating_sub(w));
+        start..end
+    }
+
+    /// Products of `products` matrices per visible pair of a query and a key.
+    fn work<T>(&self, products: usize, tensors: usize) -> Work {
+        let pairs: usize = (0..self.batch)
+            .map(|b| (0..self.q_real(b)).map(|i| self.visible(b, i).len()).sum::<usize>())
+            .sum();
+        let element = self.head_dim * size_of::<T>();
+        let kv = self.kv_len * self.kv_heads;
+        Work {
+            flops: (2 * products * pairs * self.heads * self.head_dim) as u64,
+            bytes: (tensors * self.batch * (self.q_len * self.heads + kv) * element) as u64,
+        }
+    }
+
+    fn check(&self, q: usize, k: usize, v: usize, out: usize, lse: usize) {
+        let row = self.heads * self.head_dim;
+        assert!(
+            self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads),
+            "attention: {} query heads are no multiple of {} key heads",
+            self.heads,
+            self.kv_heads
+        );
+        assert_eq!(
+            q,
+            self.batch * self.q_len * row,
+            "attention: q is [batch, q_len, heads, head_dim]"
+        );
+        assert_eq!(out, q, "attention: out is as long as q");
+        assert_eq!(
+            lse,
+            self.batch * self.heads * self.q_len,
+            "attention: lse is [batch, heads, q_len]"
+        );
+        let needed = match self.batch {
+            0 => 0,
+            b => (b - 1) * self.kv_stride() + self.kv_len * self.kv_heads * self.head_dim,
+        };
+        assert!(
+            k >= needed && v >= needed,
+            "attention: k and v reach over [batch, kv_len, kv_heads, head_dim]"
+        );
+        for lens in [self.q_lens, self.kv_lens].into_iter().flatten() {
+            assert_eq!(lens.len(), self.batch, "attention: one length per sequence");
+        }
+    }
+}
+
+/// A head's operands in the form that the micro-kernel reads.
+struct Operands {
+    kernel: Kernel,
+    /// Size of a head, and the room for it in a row of `a` and in a row of `c`.
+    dim: usize,
+    row_a: usize,
+    row_c: usize,
+}
+
+impl Operands {
+    fn of<T: Float>(dim: usize) -> Operands {
+        let kernel = Kernel::of::<T>();
+        Operands { kernel, dim, row_a: kernel.steps(dim), row_c: dim.next_multiple_of(kernel.nr) }
+    }
+
+    /// Rows as operand `a`, dense: `rows` of them that lie `stride` apart, zeros up to a tile.
+    fn rows<T: Float>(&self, x: &[T], rows: usize, stride: usize, out: &mut [f32]) {
+        simd! { fn widen<T: Float>(x: &[T], out: &mut [f32]) {
+            for (o, x) in out.iter_mut().zip(x) {
+                *o = x.to_f32();
+            }
+        } }
+        let (whole, rest) = out.split_at_mut(rows * self.row_a);
+        for (i, out) in whole.chunks_exact_mut(self.row_a.max(1)).enumerate() {
+            let x = &x[i * stride..i * stride + self.dim];
+            if self.kernel.pairs {
+                let out: &mut [T] = bytemuck::cast_slice_mut(out);
+                out[..self.dim].copy_from_slice(x);
+                out[self.dim..].fill(T::zeroed());
+            } else {
+                widen(x, out);
+            }
+        }
+        let padding = rows.next_multiple_of(self.kernel.mr) - rows;
+        rest[..padding * self.row_a].fill(0.0);
+    }
+
+    /// Rows as columns of operand `b`, panel by panel, along the size of a head.
+    fn columns<T: Float>(&self, x: &[T], rows: usize, stride: usize, out: &mut [f32]) {
+        let x = Mat { data: x, rows, cols: self.dim, row_stride: stride, col_stride: 1 };
+        let size = self.kernel.panel(self.kernel.nr, self.dim);
+        for (p, out) in out.chunks_exact_mut(size.max(1)).enumerate() {
+            if p * self.kernel.nr < rows {
+                panel(&self.kernel, x, p * self.kernel.nr, self.kernel.nr, out);
+            }
+        }
+    }
+
+    /// Rows as steps of operand `b`, panel by panel, each with room for `depth` steps.
+    fn steps<T: Float>(&self, x: &[T], rows: usize, stride: usize, depth: usize, out: &mut [f32]) {
+        let x = Mat { data: x, rows: self.dim, cols: rows, row_stride: 1, col_stride: stride };
+        let size = self.kernel.panel(self.kernel.nr, depth);
+        for (p, out) in out.chunks_exact_mut(size.max(1)).enumerate() {
+            if p * self.kernel.nr < self.dim {
+                panel(&self.kernel, x, p * self.kernel.nr, self.kernel.nr, out);
+            }
+        }
+    }
+
+    /// `c [mr, head] (+)= a b` over `steps` of depth; panels of `b` lie `panel` apart.
+    fn head(
+        &self,
+        steps: usize,
+        a: &[f32],
+        strides: [usize; 2],
+        b: &[f32],
+        panel: usize,
+        c: &mut [f32],
+    ) {
+        for (p, col) in (0..self.row_c).step_by(self.kernel.nr).enumerate() {
+            self.kernel.tile(steps, a, strides, &b[p * panel..], &mut c[col..], self.row_c, true);
+        }
+    }
+}
+
+/// Cuts `n` floats off the front.
+fn take<'a>(space: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
+    let (front, rest) = std::mem::take(space).split_at_mut(n);
+    *space = rest;
+    front
+}
