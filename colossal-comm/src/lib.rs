@@ -9,6 +9,7 @@ mod engine;
 mod error;
 mod group;
 mod in_flight;
+mod layout;
 mod mesh;
 mod message;
 mod ragged;

@@ -17,6 +17,7 @@ mod work;
 use std::cell::UnsafeCell;
 use std::collections::HashMap;
 use std::panic::Location;
+use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::*};
 use std::time::{Duration, Instant};
@@ -28,6 +29,7 @@ use crate::call::{Call, Verb};
 use crate::engine::{Engine, Io, Parts, Ticket, Way};
 use crate::error::{Error, Result};
 use crate::group::Config;
+use crate::layout::{self, Layout};
 use crate::recorder::Recorder;
 use count::{Count, Patience, Wait};
 use mailbox::Mailbox;
@@ -325,7 +327,7 @@ impl Engine for Threads {
                 // SAFETY: the slot has room for two rows, and is ours until we arrive.
                 unsafe { slot.cast::<u64>().add(i).write(*len as u64) };
             }
-        } else if inline && let Some(bytes) = work::payload(call, rank, shared.ranks) {
+        } else if inline && let Some(bytes) = layout::payload(call, rank, shared.ranks) {
             // SAFETY: the input has as many bytes, at most `INLINE`; the slot is ours.
             unsafe { std::ptr::copy_nonoverlapping(io.input, slot, bytes) };
         }
@@ -335,14 +337,29 @@ impl Engine for Threads {
         if call.verb == Verb::AllToAll && call.ragged != 0 {
             shared.agree_on_parts(call, sequence)?;
         }
-        let work = Work::new(shared, call, sequence, io.recv, inline);
+        let sent = |from, to| shared.posted_len(sequence, from, to);
+        let entries = || (0..shared.ranks).map(|r| shared.recorder.entry(r, sequence));
+        let inputs = if inline {
+            (0..shared.ranks).map(|r| shared.slot(r, sequence).cast_const()).collect()
+        } else {
+            entries().map(|e| with_exposed_provenance(e.input.load(Relaxed))).collect()
+        };
+        let outputs = entries().map(|e| with_exposed_provenance_mut(e.output.load(Relaxed)));
+        let layout = Layout {
+            call,
+            ranks: shared.ranks,
+            parts: io.recv,
+            sent: &sent,
+            inputs,
+            outputs: outputs.collect(),
+        };
         if inline {
             // SAFETY: all ranks have posted the payload of this call.
-            unsafe { work.alone(rank, io.output) };
+            unsafe { layout.alone(rank, io.output) };
         } else {
             // SAFETY: all ranks have posted buffers of this call, and leave it when all chunks
             // are done.
-            unsafe { work.share(rank, &mut turn) };
+            unsafe { Work { shared, layout: &layout }.share(rank, &mut turn) };
         }
         shared.recorder.end(rank, sequence);
         Ok(())
