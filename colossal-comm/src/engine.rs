@@ -60,6 +60,9 @@ pub(crate) struct Ticket {
     pub(crate) call: Call,
 }
 
+/// A rank's engine for blocking calls, and the one for calls in flight.
+pub(crate) type Engines = [Arc<dyn Engine>; 2];
+
 /// One rank's access to its group. Collectives of one handle are serialised by the engine.
 pub(crate) trait Engine: Send + Sync + std::fmt::Debug {
     /// Runs a collective to its end.
@@ -93,7 +96,7 @@ pub(crate) trait Engine: Send + Sync + std::fmt::Debug {
         members: &[usize],
         name: String,
         site: &'static Location<'static>,
-    ) -> Result<[Arc<dyn Engine>; 2]>;
+    ) -> Result<Engines>;
 
     /// The group's name.
     fn name(&self) -> &str;
@@ -139,7 +142,7 @@ impl Engine for Solo {
         _: &[usize],
         _: String,
         _: &'static Location<'static>,
-    ) -> Result<[Arc<dyn Engine>; 2]> {
+    ) -> Result<Engines> {
         Ok([Arc::new(Solo), Arc::new(Solo)])
     }
 

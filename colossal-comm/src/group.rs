@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::call::{Call, Verb};
 use crate::counters::{Counters, Counting};
 use crate::element::{DType, Element, ReduceOp};
-use crate::engine::{Engine, Io, Parts, Solo};
+use crate::engine::{Engine, Engines, Io, Parts, Solo};
 use crate::error::{Error, Result};
 use crate::in_flight::Stream;
 use crate::threads::Threads;
@@ -95,7 +95,7 @@ impl Group {
         ranks.map(|(rank, engines)| Group::of(rank, n, engines)).collect()
     }
 
-    pub(crate) fn of(rank: usize, ranks: usize, [engine, flight]: [Arc<dyn Engine>; 2]) -> Group {
+    pub(crate) fn of(rank: usize, ranks: usize, [engine, flight]: Engines) -> Group {
         let flight = Stream::new(rank, flight);
         Group(Arc::new(Member { rank, ranks, engine, flight, counting: Counting::default() }))
     }

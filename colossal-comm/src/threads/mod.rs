@@ -26,7 +26,7 @@ use parking_lot::Mutex;
 use serde_json::Value;
 
 use crate::call::{Call, Verb};
-use crate::engine::{Engine, Io, Parts, Ticket, Way};
+use crate::engine::{Engine, Engines, Io, Parts, Ticket, Way};
 use crate::error::{Error, Result};
 use crate::group::Config;
 use crate::layout::{self, Layout};
@@ -113,12 +113,12 @@ pub(crate) struct Threads {
 
 impl Threads {
     /// The engines of all ranks: for blocking calls and for those in flight.
-    pub(crate) fn ranks(n: usize, config: Config) -> Vec<[Arc<dyn Engine>; 2]> {
+    pub(crate) fn ranks(n: usize, config: Config) -> Vec<Engines> {
         let pair = Shared::pair(n, config, "world".into());
         (0..n).map(|rank| Threads::engines(rank, &pair)).collect()
     }
 
-    fn engines(rank: usize, pair: &Pair) -> [Arc<dyn Engine>; 2] {
+    fn engines(rank: usize, pair: &Pair) -> Engines {
         pair.each_ref()
             .map(|shared| -> Arc<dyn Engine> { Arc::new(Threads { rank, shared: shared.clone() }) })
     }
@@ -416,7 +416,7 @@ impl Engine for Threads {
         members: &[usize],
         name: String,
         site: &'static Location<'static>,
-    ) -> Result<[Arc<dyn Engine>; 2]> {
+    ) -> Result<Engines> {
         let shared = &*self.shared;
         // The same on all ranks: they have just gathered their colours.
         let key = (shared.turns[self.rank].lock().sequence, color);

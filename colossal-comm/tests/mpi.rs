@@ -1,0 +1,109 @@
+//! The conformance suite and the failures on processes: `mpirun -n 4 <this test>`.
+//!
+//! `cargo test --features mpi --test mpi` starts itself under `mpirun` with 2 and 4 processes.
+
+mod suite;
+
+use std::process::Command;
+use std::time::Duration;
+
+use colossal_comm::{Config, Error, Group, Launch, ReduceOp};
+
+fn main() {
+    let scene = std::env::var("COLOSSAL_SCENE").unwrap_or_default();
+    match Launch::from_env().expect("a sound environment") {
+        Some(_) => play(&scene),
+        None => start(),
+    }
+}
+
+/// Starts each scene under mpirun.
+fn start() {
+    let me = std::env::current_exe().expect("this program has a path");
+    for (scene, n) in
+        [("conform", 2), ("conform", 4), ("mismatch", 3), ("leave", 3), ("late", 3), ("panic", 2)]
+    {
+        let out = Command::new("mpirun")
+            .args(["-n", &n.to_string(), "--oversubscribe"])
+            .arg(&me)
+            .env("COLOSSAL_SCENE", scene)
+            // Containers have one user, and no leave to read another process's memory.
+            .envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")])
+            .envs([("OMPI_MCA_btl_vader_single_copy_mechanism", "none")])
+            .output()
+            .expect("mpirun is needed: apt-get install openmpi-bin libopenmpi-dev libclang-dev");
+        let text = String::from_utf8_lossy(&out.stdout);
+        let good = text.matches("scene is good").count();
+        // Whoever fails a group leaves MPI without its blessing: only the words count.
+        let ended = out.status.success() || scene != "conform";
+        assert!(
+            good == n && ended,
+            "{scene} on {n}: {good} good, {}\n{text}\n{}",
+            out.status,
+            String::from_utf8_lossy(&out.stderr)
+        );
+        println!("{scene} on {n} processes ... ok");
+    }
+}
+
+fn play(scene: &str) {
+    let timeout = if scene == "late" { 1000 } else { 30_000 };
+    let g = Group::from_env_with(Config { timeout: Duration::from_millis(timeout) }).unwrap();
+    let me = g.rank();
+    g.barrier().unwrap();
+    match scene {
+        "conform" => suite::conformance(&g, g.world_size() > 2),
+        "mismatch" => {
+            let len = if me == 1 { 5 } else { 4 };
+            let e = g.all_reduce(&mut vec![0.0f32; len], ReduceOp::Sum).unwrap_err();
+            let text = e.to_string();
+            assert!(e.is_mismatch(), "{text}");
+            for part in ["all_reduce(4 x f32, Sum) at", "all_reduce(5 x f32, Sum) at", "mpi.rs:"] {
+                assert!(text.contains(part), "{text}");
+            }
+            assert_eq!(g.barrier().unwrap_err(), e, "the group stays failed");
+        }
+        "leave" => {
+            if me != 2 {
+                let e = g.all_reduce(&mut vec![0.0f32; 10_000], ReduceOp::Sum).unwrap_err();
+                assert!(matches!(e, Error::Gone { rank: 2, .. }), "{e}");
+            }
+        }
+        "late" => {
+            if me == 1 {
+                std::thread::sleep(Duration::from_millis(2500));
+            }
+            let first = g.all_gather(&[me as u8], &mut [0; 3]);
+            if me == 1 {
+                // The others gave up long ago: it learns that now or at the next call.
+                let e = first.and_then(|()| g.barrier()).unwrap_err();
+                assert!(e.is_gone() || e.is_timeout(), "{e}");
+            } else {
+                let e = first.unwrap_err();
+                assert!(e.is_timeout() && e.to_string().contains("[1]"), "{e}");
+                std::thread::sleep(Duration::from_millis(2500));
+            }
+        }
+        "panic" => {
+            if me == 1 {
+                let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                    let _group = g;
+                    panic!("on purpose");
+                }));
+                assert!(panic.is_err());
+            } else {
+                let e = g.barrier().unwrap_err();
+                assert!(
+                    e.is_gone() && e.to_string().contains("rank 1 is gone (it panicked)"),
+                    "{e}"
+                );
+            }
+        }
+        other => panic!("there is no scene {other}"),
+    }
+    println!("scene is good");
+    // A rank that is early must not end the job while others still look.
+    if scene != "conform" {
+        std::thread::sleep(Duration::from_millis(300));
+    }
+}
