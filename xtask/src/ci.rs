@@ -42,6 +42,15 @@ pub(crate) fn ci(tested: bool) -> Result<()> {
     }
     run(&cargo, &["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])?;
     run(&cargo, &["build", "--workspace", "--examples"], &[])?;
+    if exists("mpicc", "--version") {
+        let mpi = ["-p", "colossal-comm", "--features", "mpi"];
+        let clippy = [&["clippy"], &mpi[..], &["--all-targets", "--", "-D", "warnings"]].concat();
+        run(&cargo, &clippy, &[])?;
+        run(&cargo, &[&["test"], &mpi[..], &["--test", "mpi"]].concat(), &[])?;
+    } else {
+        println!("\nMPI is not installed: its engine was not checked. To check it:");
+        println!("apt-get install openmpi-bin libopenmpi-dev libclang-dev");
+    }
     // Model-checked collectives: another configuration of the crate, in a folder of its own.
     run(
         &cargo,
