@@ -58,6 +58,11 @@ impl Given {
         Ok(())
     }
 
+    /// The fields of a table of the first level.
+    pub fn table(&self, name: &str) -> Option<Given> {
+        self.0.get(name)?.as_table().cloned().map(Given)
+    }
+
     /// Is this field of the first level given?
     pub fn has(&self, name: &str) -> bool {
         self.0.contains_key(name)

@@ -7,6 +7,7 @@ pub mod dataset;
 pub mod doctor;
 mod gguf_tokenizer;
 pub mod model;
+pub mod plan;
 pub mod report;
 pub mod tokenizer;
 pub mod train;

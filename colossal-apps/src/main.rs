@@ -9,7 +9,7 @@ use colossal_apps::chat::rlhf::{Outcome, RlhfConfig};
 use colossal_apps::chat::talk::Chat;
 use colossal_apps::config::Given;
 use colossal_apps::train::{Task, TrainConfig, train};
-use colossal_apps::{chat, doctor, model, report};
+use colossal_apps::{chat, doctor, model, plan, report};
 use colossal_kernels::{Threads, threads};
 use colossal_models::Dtype;
 use colossal_models::generate::Sampling;
@@ -89,6 +89,9 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         seed: u64,
     },
+    /// Look at a plan: what it cuts, holds and sends.
+    #[command(subcommand)]
+    Plan(plan::PlanCommand),
     /// Look at a checkpoint.
     #[command(subcommand)]
     Model(ModelCommand),
@@ -209,6 +212,7 @@ fn main() -> ExitCode {
             };
             talk(model, prompt.as_deref(), system.as_deref(), sampling)
         }
+        Command::Plan(command) => plan::run(command).map(|text| print!("{text}")),
         Command::Model(ModelCommand::Info { dir }) => model::info(dir).map(|text| print!("{text}")),
         Command::Model(ModelCommand::Logits { dir, ids, out, loss }) => {
             model::logits(&model::Request { model: dir, ids, loss: *loss }, out)
@@ -232,6 +236,7 @@ fn fields_last(words: Vec<String>) -> Vec<String> {
     let Some(command) = words.get(1).and_then(|name| cli.find_subcommand(name)) else {
         return words;
     };
+    let command = words.get(2).and_then(|name| command.find_subcommand(name)).unwrap_or(command);
     if command.get_name() == "run" {
         return words;
     }

@@ -106,6 +106,20 @@ pub enum SequenceMode {
     Usp,
 }
 
+impl SequenceMode {
+    /// Its name in a TOML file.
+    pub fn name(self) -> &'static str {
+        match self {
+            SequenceMode::None => "none",
+            SequenceMode::SplitGather => "split_gather",
+            SequenceMode::Ring => "ring",
+            SequenceMode::AllToAll => "all_to_all",
+            SequenceMode::RingAttn => "ring_attn",
+            SequenceMode::Usp => "usp",
+        }
+    }
+}
+
 /// How tensor-parallel ranks share a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum TensorMode {
@@ -281,7 +295,7 @@ impl Plan {
         use SequenceMode::{AllToAll, None, Ring, RingAttn, SplitGather, Usp};
         let refuse = |text: String| Err(Error::Other(format!("plan: {text}")));
         let mode = self.sequence_parallel;
-        let name = format!("sequence_parallel = {:?}", toml_name(mode));
+        let name = format!("sequence_parallel = {:?}", mode.name());
         match mode {
             SplitGather | Ring if self.tp == 1 || self.tensor != TensorMode::OneD => {
                 return refuse(format!(
@@ -321,16 +335,5 @@ impl Plan {
             ));
         }
         Ok(())
-    }
-}
-
-fn toml_name(mode: SequenceMode) -> &'static str {
-    match mode {
-        SequenceMode::None => "none",
-        SequenceMode::SplitGather => "split_gather",
-        SequenceMode::Ring => "ring",
-        SequenceMode::AllToAll => "all_to_all",
-        SequenceMode::RingAttn => "ring_attn",
-        SequenceMode::Usp => "usp",
     }
 }
