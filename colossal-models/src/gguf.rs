@@ -391,9 +391,9 @@ fn config(
     let number = |key: &str| {
         get(key)
             .and_then(Value::int)
-            .filter(|n| *n > 0)
+            .filter(|n| (1..=1 << 28).contains(n))
             .map(|n| n as usize)
-            .ok_or_else(|| format!("{family}.{key} is missing or no positive number"))
+            .ok_or_else(|| format!("{family}.{key} is missing or no size"))
     };
     let float = |key: &str, default: f64| get(key).and_then(Value::float).unwrap_or(default);
     let (hidden, heads) = (number("embedding_length")?, number("attention.head_count")?);

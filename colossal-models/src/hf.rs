@@ -7,11 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use colossal_tensor::nn::RopeScaling;
+use colossal_tensor::placement::Sharding;
 use colossal_tensor::safetensors::{Archive, Entry, Owned, save as save_safetensors, write_atomic};
-use colossal_tensor::{Dtype, Error, Param, Params, Placement, Result, Scope, no_grad};
+use colossal_tensor::{Dtype, Error, Model, Param, Params, Placement, Result, Scope, no_grad};
 use serde_json::{Value, json};
 
-use crate::decoder::{CausalLm, DecoderConfig, Head};
+use crate::decoder::{CausalLm, Decoder, DecoderConfig, Head};
 use crate::gguf::Gguf;
 use crate::gpt2::Gpt2Config;
 use crate::llama::LlamaConfig;
@@ -32,14 +33,17 @@ pub fn load(path: &Path, scope: &Scope, dtype: Dtype, head: Option<Head>) -> Res
     if path.is_file() {
         let gguf = Gguf::open(path)?;
         let config = with_head(gguf.config().clone());
+        agree(&config, &gguf)?;
         let model = CausalLm::of(Params::blank(scope, 0, dtype), &config)?;
         fill(&model, &gguf)?;
         return Ok(model);
     }
     let config = with_head(read_config(&path.join("config.json"))?);
     let archive = Archive::open(&files_of(path)?)?;
+    let files = Files { archive: &archive };
+    agree(&config, &files)?;
     let model = CausalLm::of(Params::blank(scope, 0, dtype), &config)?;
-    fill(&model, &Files { archive: &archive })?;
+    fill(&model, &files)?;
     Ok(model)
 }
 
@@ -128,36 +132,57 @@ impl Weights for Files<'_> {
     }
 }
 
+/// Compares the shapes that a configuration asks for with those of a file, layer by layer, before
+/// any memory is taken for them.
+fn agree(config: &DecoderConfig, weights: &impl Weights) -> Result<()> {
+    let params = Params::blank(&Scope::fake(&[], Sharding::default()), 0, Dtype::F32);
+    for layer in 0..Decoder::depth(config) {
+        let seen = params.all().len();
+        Decoder::layer(&params, config, layer)?;
+        for param in &params.all()[seen..] {
+            found(param, config, weights)?;
+        }
+    }
+    Ok(())
+}
+
+/// Where a parameter lies in a file, and its shape there; `None` for a new head.
+fn found(
+    param: &Param,
+    config: &DecoderConfig,
+    weights: &impl Weights,
+) -> Result<Option<(Source, Vec<usize>)>> {
+    let mut source = source(param.name(), config);
+    source.transposed &= weights.stores_in_out();
+    let fail = |reason: String| Err(Error::File { path: weights.origin(), reason });
+    let Some(shape) = weights.shape(&source.key) else {
+        if source.key == "score.weight" {
+            return Ok(None);
+        }
+        return fail(format!(
+            "tensor {} is missing; the file does not hold this model (it has {})",
+            source.key,
+            weights.names().into_iter().take(4).collect::<Vec<_>>().join(", ")
+        ));
+    };
+    let wanted = source.shape(&param.global_shape());
+    if shape != wanted {
+        return fail(format!(
+            "tensor {} has shape {shape:?}, config.json asks for {wanted:?}",
+            source.key
+        ));
+    }
+    Ok(Some((source, wanted)))
+}
+
 /// Sets every parameter of `model` from `weights`.
 pub fn fill(model: &CausalLm, weights: &impl Weights) -> Result<()> {
     let mut used = BTreeSet::new();
     for param in model.params.all() {
-        let mut source = source(param.name(), &model.config);
-        source.transposed &= weights.stores_in_out();
-        let Some(shape) = weights.shape(&source.key) else {
-            if source.key == "score.weight" {
-                param.draw(0)?;
-                continue;
-            }
-            return Err(Error::File {
-                path: weights.origin(),
-                reason: format!(
-                    "tensor {} is missing; the file does not hold this model (it has {})",
-                    source.key,
-                    weights.names().into_iter().take(4).collect::<Vec<_>>().join(", ")
-                ),
-            });
+        let Some((source, wanted)) = found(&param, &model.config, weights)? else {
+            param.draw(0)?;
+            continue;
         };
-        let wanted = source.shape(&param.global_shape());
-        if shape != wanted {
-            return Err(Error::File {
-                path: weights.origin(),
-                reason: format!(
-                    "tensor {} has shape {shape:?}, config.json asks for {wanted:?}",
-                    source.key
-                ),
-            });
-        }
         let values = source.read(&param, &wanted, weights)?;
         param.set(&values)?;
         used.insert(source.key);
@@ -403,13 +428,12 @@ pub fn read_config(path: &Path) -> Result<DecoderConfig> {
 /// # Errors
 /// A sentence that names the key and the fix.
 pub fn parse_config(v: &Value) -> Result<DecoderConfig, String> {
+    // Sizes whose products cannot overflow.
+    let size = |key: &str| v[key].as_u64().filter(|n| *n <= 1 << 28).map(|n| n as usize);
     let number = |key: &str| -> Result<usize, String> {
-        v[key]
-            .as_u64()
-            .map(|n| n as usize)
-            .ok_or_else(|| format!("key {key} is missing or no number"))
+        size(key).ok_or_else(|| format!("key {key} is missing or no size"))
     };
-    let or = |key: &str, default: usize| v[key].as_u64().map_or(default, |n| n as usize);
+    let or = |key: &str, default: usize| size(key).unwrap_or(default);
     let float = |key: &str, default: f64| v[key].as_f64().unwrap_or(default);
     let flag = |key: &str, default: bool| v[key].as_bool().unwrap_or(default);
     let scores =
@@ -437,6 +461,13 @@ pub fn parse_config(v: &Value) -> Result<DecoderConfig, String> {
                 num_experts_per_tok: top,
                 router_aux_loss_coef: float("router_aux_loss_coef", 0.001) as f32,
             }))
+        }
+        Some("mistral")
+            if v["sliding_window"]
+                .as_u64()
+                .is_some_and(|w| w < or("max_position_embeddings", 2048) as u64) =>
+        {
+            Err("sliding_window is not known to this build; mistral models without one are".into())
         }
         Some("llama" | "mistral") => {
             let heads = positive(number("num_attention_heads")?, "num_attention_heads")?;

@@ -6,5 +6,7 @@ mod checkpoints;
 mod gguf;
 #[path = "it/goldens.rs"]
 mod goldens;
+#[path = "it/parsers.rs"]
+mod parsers;
 #[path = "it/plans.rs"]
 mod plans;

@@ -1,8 +1,9 @@
 //! Rotary position embedding (Su et al., 2021) in Hugging Face's half-split layout.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use colossal_kernels as kernels;
+use parking_lot::{Mutex, RwLock};
 
 use super::produce;
 use crate::autograd::record;
@@ -11,37 +12,77 @@ use crate::error::{Error, Result};
 use crate::propagate::{self, propagate};
 use crate::tensor::Tensor;
 
-/// Cosines and sines of every position and frequency: `[positions, head_dim / 2]` each.
+/// Cosines and sines of every position and frequency, computed as far as positions are met and
+/// shared by all tables of the same frequencies: the layers of a model, and its copies.
 #[derive(Debug, Clone)]
-pub struct RopeTable(Arc<Tables>);
+pub struct RopeTable {
+    shared: Arc<Shared>,
+    positions: usize,
+}
 
 #[derive(Debug)]
+struct Shared {
+    inverse: Vec<f32>,
+    tables: RwLock<Arc<Tables>>,
+}
+
+/// `[positions, head_dim / 2]` each.
+#[derive(Debug, Default)]
 struct Tables {
     cos: Vec<f32>,
     sin: Vec<f32>,
-    half: usize,
 }
 
 impl RopeTable {
     /// The table of these inverse frequencies (one per pair of channels) up to `positions`.
     pub fn new(inverse_frequencies: &[f64], positions: usize) -> RopeTable {
-        let half = inverse_frequencies.len();
-        let mut cos = Vec::with_capacity(positions * half);
-        let mut sin = Vec::with_capacity(positions * half);
-        for position in 0..positions {
-            for f in inverse_frequencies {
-                // The angle is rounded to f32 first: so do the published implementations.
-                let angle = position as f32 * *f as f32;
-                cos.push(angle.cos());
-                sin.push(angle.sin());
-            }
-        }
-        RopeTable(Arc::new(Tables { cos, sin, half }))
+        static ALL: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
+        let inverse: Vec<f32> = inverse_frequencies.iter().map(|f| *f as f32).collect();
+        let mut all = ALL.lock();
+        all.retain(|shared| shared.strong_count() > 0);
+        let known = all.iter().filter_map(Weak::upgrade).find(|shared| shared.inverse == inverse);
+        let shared = known.unwrap_or_else(|| {
+            let new = Arc::new(Shared { inverse, tables: RwLock::default() });
+            all.push(Arc::downgrade(&new));
+            new
+        });
+        RopeTable { shared, positions }
     }
 
     /// Positions it covers.
     pub fn positions(&self) -> usize {
-        self.0.cos.len() / self.0.half.max(1)
+        self.positions
+    }
+
+    fn half(&self) -> usize {
+        self.shared.inverse.len()
+    }
+
+    /// Tables that reach to position `last`.
+    fn upto(&self, last: usize) -> Arc<Tables> {
+        let half = self.half();
+        let reaches = |tables: &Tables| tables.cos.len() > last * half;
+        let now = self.shared.tables.read().clone();
+        if reaches(&now) || half == 0 {
+            return now;
+        }
+        let mut tables = self.shared.tables.write();
+        if !reaches(&tables) {
+            let positions = (last + 1).next_power_of_two().max(256);
+            let mut new = Tables::default();
+            new.cos.reserve(positions * half);
+            new.sin.reserve(positions * half);
+            for position in 0..positions {
+                for f in &self.shared.inverse {
+                    // The angle is rounded to f32: so do the published implementations.
+                    let angle = position as f32 * f;
+                    new.cos.push(angle.cos());
+                    new.sin.push(angle.sin());
+                }
+            }
+            *tables = Arc::new(new);
+        }
+        tables.clone()
     }
 }
 
@@ -59,28 +100,30 @@ impl Tensor {
                 "x is [batch, seq, heads, head_dim]",
             ));
         };
-        if positions.len() != batch * seq || head_dim != 2 * table.0.half {
-            let right = [positions.len(), 2 * table.0.half];
+        if positions.len() != batch * seq || head_dim != 2 * table.half() {
+            let right = [positions.len(), 2 * table.half()];
             let reason = "one position per token, and the table's head size";
             return Err(Error::shape("rope", self.shape(), &right, reason));
         }
-        let limit = table.positions() as i32;
-        if let Some(bad) = positions.iter().find(|p| **p < 0 || **p >= limit) {
+        let limit = table.positions();
+        if let Some(bad) = positions.iter().find(|p| **p < 0 || **p as usize >= limit) {
             return Err(Error::Other(format!(
                 "rope: position {bad} is outside the {limit} positions of this model; \
                  shorten the sequence or raise max_position_embeddings"
             )));
         }
         let layout = propagate("rope", &[self], propagate::rope)?;
+        let last = positions.iter().copied().max().unwrap_or(0) as usize;
+        let table = table.upto(if self.scope().is_fake() { 0 } else { last });
         let rotate = move |x: &Tensor,
                            positions: &[i32],
-                           table: &RopeTable,
+                           t: &Tables,
                            layout,
                            back: bool|
               -> Result<Tensor> {
             produce(x.scope(), x.shape(), x.dtype(), layout, |y| {
                 float!("rope", x.dtype(), T => {
-                    let (v, t) = (x.read::<T>()?, &table.0);
+                    let v = x.read::<T>()?;
                     let (v, y) = (v.as_slice::<T>(), y.as_mut_slice::<T>());
                     match back {
                         false => kernels::rope(v, positions, &t.cos, &t.sin, heads, head_dim, y),
@@ -90,8 +133,8 @@ impl Tensor {
                 })
             })
         };
-        let y = rotate(self, positions, table, layout, false)?;
-        let (positions, table) = (positions.clone(), table.clone());
+        let y = rotate(self, positions, &table, layout, false)?;
+        let positions = positions.clone();
         Ok(record("rope", y, &[self], move |dy, back| {
             back.give(0, rotate(&dy, &positions, &table, dy.layout(), true)?)
         }))
