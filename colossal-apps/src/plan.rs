@@ -428,6 +428,44 @@ mod tests {
     }
 
     #[test]
+    fn the_table_in_the_docs_is_what_is_computed() {
+        let config = model("llama2-70b").unwrap();
+        let mut rows = String::new();
+        for fields in [
+            "--tp 64",
+            "--tp 64 --sequence-parallel split_gather",
+            "--tp 64 --tensor 2d",
+            "--tp 64 --tensor 2.5d --depth 4",
+            "--tp 64 --tensor 3d",
+            "--dp 16 --tp 4 --sequence-parallel split_gather",
+        ] {
+            let words: Vec<String> = fields.split_whitespace().map(str::to_string).collect();
+            let given = Given::default().flags(&words).unwrap();
+            let plan: Plan = given.read(Some(&Plan::default())).unwrap();
+            let plan = Plan { precision: colossal_models::train::Precision::Bf16, ..plan };
+            let report = check(&config, &plan, 16, 2048).unwrap();
+            let sent = report.traffic.iter();
+            let (forward, backward) =
+                sent.fold((0, 0), |(f, b), t| (f + t.forward, b + t.backward));
+            let _ = writeln!(
+                rows,
+                "| `{fields}` | {} | {} | {} | {} | {} |",
+                bytes(forward),
+                bytes(backward),
+                bytes(report.gradient_bytes.iter().sum()),
+                bytes(2 * report.local_elements),
+                bytes(report.activation_bytes),
+            );
+        }
+        let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/parallelism.md");
+        let docs = std::fs::read_to_string(docs).unwrap();
+        let table = docs.split("<!-- table").nth(1).unwrap().split("<!-- end").next().unwrap();
+        let written: String =
+            table.lines().skip(3).filter(|l| !l.is_empty()).map(|l| format!("{l}\n")).collect();
+        assert_eq!(written, rows, "docs/parallelism.md; computed:\n{rows}");
+    }
+
+    #[test]
     fn thousands_of_ranks_are_shown_and_drawn() {
         for fields in [
             "--dp 128 --tp 8 --sequence-parallel split_gather --zero 2 --precision bf16",

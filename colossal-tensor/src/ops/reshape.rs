@@ -51,7 +51,7 @@ impl Tensor {
             return Err(Error::shape("split_heads", self.shape(), &[head_dim], "needs a dim"));
         };
         if width % head_dim != 0 {
-            let reason = "the head size must divide the last dim";
+            let reason = "whole heads must fit the last dim; choose a tp that divides their number";
             return Err(Error::shape("split_heads", self.shape(), &[head_dim], reason));
         }
         self.reshape(&[outer, &[width / head_dim, head_dim]].concat())
