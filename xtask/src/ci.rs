@@ -72,6 +72,9 @@ pub(crate) fn ci(tested: bool) -> Result<()> {
         println!("\ncargo-deny is not installed: licences and sources were not checked.");
         println!("To check them: cargo install cargo-deny --locked");
     }
+    // The main job, whose exit code says whether alignment worked.
+    let main_job = ["run", "--release", "--", "rlhf", "--output-dir", "target/rlhf"];
+    run(&cargo, &main_job, &[])?;
     println!("\nall checks passed");
     Ok(())
 }
