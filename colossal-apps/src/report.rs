@@ -52,7 +52,7 @@ pub fn write(config: &RlhfConfig, outcome: &Outcome) -> Result<PathBuf> {
          table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.4em;\
          text-align:left;vertical-align:top}.plots{display:grid;grid-template-columns:1fr 1fr;gap:1em}\
          svg{width:100%;height:auto}pre{background:#f6f6f6;padding:1em;overflow:auto}</style>\
-         <h1>Alignment of a small writer</h1>",
+         <h1>Alignment, before and after</h1>",
     );
     let verdict = if outcome.aligned() { "Alignment worked." } else { "Alignment did not work." };
     let _ = write!(

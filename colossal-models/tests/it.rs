@@ -6,6 +6,8 @@ mod checkpoints;
 mod gguf;
 #[path = "it/goldens.rs"]
 mod goldens;
+#[path = "it/memory.rs"]
+mod memory;
 #[path = "it/parsers.rs"]
 mod parsers;
 #[path = "it/plans.rs"]
