@@ -4,7 +4,7 @@ use crate::isa::simd;
 use crate::profile;
 use crate::threads::{Parts, parallel_for};
 
-/// The sum of squares: blocks of 4096 in f32, runs of 64 blocks in f64, added in order, so that
+/// The sum of squares: blocks of 4096 in f32, runs of 16 blocks in f64, added in order, so that
 /// the result does not depend on the number of threads.
 pub fn sum_of_squares(x: &[f32]) -> f64 {
     let _span = profile::moves::<f32>("sum_of_squares", x.len(), 1);
@@ -19,7 +19,7 @@ pub fn sum_of_squares(x: &[f32]) -> f64 {
         }
         lanes.iter().sum::<f32>() + rest
     } }
-    const RUN: usize = 64 * 4096;
+    const RUN: usize = 16 * 4096;
     let mut sums = vec![0.0f64; x.len().div_ceil(RUN)];
     let parts = Parts::new(&mut sums);
     parallel_for(parts.len(), 1, |range| {

@@ -130,7 +130,7 @@ impl Threads {
         let mut looks = 0u32;
         while shared.state.load(SeqCst) & INSIDE != 0 {
             looks += 1;
-            if looks < 2000 { std::hint::spin_loop() } else { std::thread::yield_now() }
+            if looks < 20_000 { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
         shared.job.lock().unwrap_or_else(|e| e.into_inner()).work = None;
         assert!(!work.panicked.load(SeqCst), "a piece of a kernel panicked; see the message above");
@@ -185,7 +185,7 @@ impl Shared {
             let state = self.state.load(SeqCst);
             (state >> 32 != seen || self.stop.load(SeqCst)).then_some(state)
         };
-        for _ in 0..4000 {
+        for _ in 0..20_000 {
             if let Some(state) = new() {
                 return state;
             }
@@ -235,15 +235,29 @@ pub fn parallel_for(n: usize, grain: usize, f: impl Fn(Range<usize>) + Sync) {
     };
     // A few pieces a thread even out what the system takes from one of them.
     let pieces = n.div_ceil(grain.max(1)).min(4 * threads.count());
-    BUSY.set(true);
+    spread(&threads, pieces, &|i| f(n * i / pieces..n * (i + 1) / pieces));
+}
+
+/// Runs `f(0) .. f(n - 1)`, each when a thread of the rank is free for it.
+pub(crate) fn parallel_each(n: usize, f: impl Fn(usize) + Sync) {
+    let threads = CURRENT.with_borrow(|c| c.clone());
+    match threads.filter(|t| t.count() > 1 && n > 1 && !BUSY.get()) {
+        Some(threads) => spread(&threads, n, &f),
+        None => (0..n).for_each(f),
+    }
+}
+
+/// Runs the pieces; kernels that they call stay on their thread.
+fn spread(threads: &Threads, pieces: usize, f: &(dyn Fn(usize) + Sync)) {
     struct Free;
     impl Drop for Free {
         fn drop(&mut self) {
             BUSY.set(false);
         }
     }
+    BUSY.set(true);
     let _free = Free;
-    threads.run(pieces, &|i| f(n * i / pieces..n * (i + 1) / pieces));
+    threads.run(pieces, f);
 }
 
 /// A mutable slice of which several threads write disjoint parts.

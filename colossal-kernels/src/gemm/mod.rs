@@ -17,7 +17,7 @@ use crate::isa::{Isa, isa, simd};
 use crate::math::{erf, sigmoid, tanh};
 use crate::memory::Block;
 use crate::profile::{self, Work};
-use crate::threads::{Parts, parallel_for};
+use crate::threads::{Parts, parallel_each, parallel_for};
 use micro::{Kernel, TILE};
 
 /// A strided matrix: element `(i, j)` is `data[i * row_stride + j * col_stride]`.
@@ -143,8 +143,10 @@ pub(crate) fn with_workspace<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> 
 /// Steps of depth of one pass; longer products are added up in f32. Shorter passes would keep
 /// the panel of `a` in the first-level cache, but touch c more often.
 const DEPTH: usize = 768;
-/// Floats of packed `b` that one block of columns may take: half of a 1 MiB second-level cache.
+/// Floats of packed `b` that one block of columns may take: most of a 1 MiB second-level cache.
 const BLOCK: usize = 192 * 1024;
+/// Steps of multiply-adds of one item of work: about 50 microseconds.
+const ITEM: usize = 3 << 20;
 
 /// `c = act(alpha * a b + bias)`; see the module's head and [`Epilogue`].
 ///
@@ -303,66 +305,59 @@ fn pass<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<
     // Pairs of bf16 take the room of one f32: the workspace is counted in floats either way.
     with_workspace(panels_a * size_a + panels_b * size_b + 16, |space| {
         let (space_a, space_b) = space.split_at_mut((panels_a * size_a).next_multiple_of(16));
-        let parts = Parts::new(space_a);
-        parallel_for(panels_a, (8192 / size_a.max(1)).max(1), |range| {
+        let (parts_a, parts_b) = (Parts::new(space_a), Parts::new(space_b));
+        let (grain, small) = ((8192 / size_a.max(size_b).max(1)).max(1), m * n * k < 64 * 64 * 64);
+        parallel_for(panels_a + panels_b, if small { usize::MAX } else { grain }, |range| {
             for p in range {
-                // SAFETY: each panel belongs to one piece.
-                let panel = unsafe { parts.range(p * size_a..(p + 1) * size_a) };
-                pack::panel(&kernel, a, p * mr, mr, panel);
-            }
-        });
-        let parts = Parts::new(space_b);
-        parallel_for(panels_b, (8192 / size_b.max(1)).max(1), |range| {
-            for p in range {
-                // SAFETY: each panel belongs to one piece.
-                let panel = unsafe { parts.range(p * size_b..(p + 1) * size_b) };
-                pack::panel(&kernel, b.t(), p * nr, nr, panel);
+                match p.checked_sub(panels_a) {
+                    None => {
+                        // SAFETY: each panel belongs to one piece.
+                        let panel = unsafe { parts_a.range(p * size_a..(p + 1) * size_a) };
+                        pack::panel(&kernel, a, p * mr, mr, panel);
+                    }
+                    Some(p) => {
+                        // SAFETY: as above.
+                        let panel = unsafe { parts_b.range(p * size_b..(p + 1) * size_b) };
+                        pack::panel(&kernel, b.t(), p * nr, nr, panel);
+                    }
+                }
             }
         });
         let (space_a, space_b) = (&*space_a, &*space_b);
-        // Work is cut into blocks of columns times groups of rows.
-        let per_block = (BLOCK / size_b.max(1)).clamp(1, panels_b);
-        let blocks = panels_b.div_ceil(per_block);
-        let groups = panels_a.div_ceil(16);
-        parallel_for(
-            blocks * groups,
-            if m * n * k < 64 * 64 * 64 { usize::MAX } else { 1 },
-            |range| {
-                let mut tile = Tile([0.0; TILE]);
-                for piece in range {
-                    let (block, group) = (piece / groups, piece % groups);
-                    for pa in group * 16..((group + 1) * 16).min(panels_a) {
-                        let panel_a = &space_a[pa * size_a..(pa + 1) * size_a];
-                        for pb in block * per_block..((block + 1) * per_block).min(panels_b) {
-                            let panel_b = &space_b[pb * size_b..(pb + 1) * size_b];
-                            let (row, col) = (pa * mr, pb * nr);
-                            let size = [mr.min(m - row), nr.min(n - col)];
-                            if size == [mr, nr]
-                                && let Some(c) = sink.direct(row, col, size)
-                            {
-                                let (stride, add) = (sink.row_stride, sink.epilogue.accumulate);
-                                // SAFETY: a whole tile of f32 in bounds, which belongs to this
-                                // piece alone.
-                                unsafe {
-                                    kernel.tile_at(
-                                        steps,
-                                        panel_a,
-                                        [1, mr],
-                                        panel_b,
-                                        c,
-                                        stride,
-                                        add,
-                                    );
-                                }
-                                continue;
-                            }
-                            kernel.tile(steps, panel_a, [1, mr], panel_b, &mut tile.0, nr, false);
-                            sink.store_tile([row, col], size, &tile.0, nr);
+        // A block of columns meets all rows before the next one, a few panels of rows at a time:
+        // small enough that threads end together, large enough to be worth asking for.
+        let blocks = panels_b.div_ceil((BLOCK / size_b.max(1)).clamp(1, panels_b));
+        let per_block = panels_b.div_ceil(blocks);
+        let per_group = (ITEM / (size_a * nr * per_block).max(1)).clamp(1, 16);
+        let groups = panels_a.div_ceil(per_group);
+        let item = |item: usize| {
+            let mut tile = Tile([0.0; TILE]);
+            let (block, group) = (item / groups, item % groups);
+            for pa in group * per_group..((group + 1) * per_group).min(panels_a) {
+                let panel_a = &space_a[pa * size_a..(pa + 1) * size_a];
+                for pb in block * per_block..((block + 1) * per_block).min(panels_b) {
+                    let panel_b = &space_b[pb * size_b..(pb + 1) * size_b];
+                    let (row, col) = (pa * mr, pb * nr);
+                    let size = [mr.min(m - row), nr.min(n - col)];
+                    if size == [mr, nr]
+                        && let Some(c) = sink.direct(row, col, size)
+                    {
+                        let (stride, add) = (sink.row_stride, sink.epilogue.accumulate);
+                        // SAFETY: a whole tile of f32 in bounds, this item's alone.
+                        unsafe {
+                            kernel.tile_at(steps, panel_a, [1, mr], panel_b, c, stride, add);
                         }
+                    } else {
+                        kernel.tile(steps, panel_a, [1, mr], panel_b, &mut tile.0, nr, false);
+                        sink.store_tile([row, col], size, &tile.0, nr);
                     }
                 }
-            },
-        );
+            }
+        };
+        match small {
+            true => (0..blocks * groups).for_each(item),
+            false => parallel_each(blocks * groups, item),
+        }
     });
 }
 
