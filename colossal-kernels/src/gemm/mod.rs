@@ -1,9 +1,10 @@
 //! Matrix product `c = act(alpha * a b + bias)` (or `c += …`) for any strides.
 //!
 //! The shape of it (Goto & van de Geijn, 2008): both operands are packed into panels that the
-//! micro-kernel reads in order, `MR` rows of `a` against `NR` columns of `b`; a block of columns
-//! of `b` that fits the second-level cache meets all rows of `a` before the next one. The tile is
-//! kept in registers over the whole depth and passes through the epilogue once, on its way out.
+//! micro-kernel reads in order, `MR` rows of `a` against `NR` columns of `b`. Threads pack `b`
+//! together; a group of rows of `a`, small enough for the second-level cache, is packed by the
+//! thread that uses it and meets all columns. The tile is kept in registers over the whole depth
+//! and passes through the epilogue once, on its way out.
 //! Few rows against a transposed `b` (decoding, small batches) go without packing: see `skinny`.
 
 pub(crate) mod micro;
@@ -17,7 +18,7 @@ use crate::isa::{Isa, isa, simd};
 use crate::math::{erf, sigmoid, tanh};
 use crate::memory::Block;
 use crate::profile::{self, Work};
-use crate::threads::{Parts, parallel_each, parallel_for};
+use crate::threads::{Parts, count, parallel_each, parallel_for};
 use micro::{Kernel, TILE};
 
 /// A strided matrix: element `(i, j)` is `data[i * row_stride + j * col_stride]`.
@@ -143,10 +144,10 @@ pub(crate) fn with_workspace<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> 
 /// Steps of depth of one pass; longer products are added up in f32. Shorter passes would keep
 /// the panel of `a` in the first-level cache, but touch c more often.
 const DEPTH: usize = 768;
-/// Floats of packed `b` that one block of columns may take: most of a 1 MiB second-level cache.
-const BLOCK: usize = 192 * 1024;
-/// Steps of multiply-adds of one item of work: about 50 microseconds.
-const ITEM: usize = 3 << 20;
+/// Multiply-adds of one item of work, in floats: some 100 microseconds.
+const ITEM: usize = 6 << 20;
+/// Panels of one group of rows at most: they should stay in a 1 MiB second-level cache.
+const GROUP: usize = 8;
 
 /// `c = act(alpha * a b + bias)`; see the module's head and [`Epilogue`].
 ///
@@ -302,63 +303,76 @@ fn pass<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<
     let (panels_a, panels_b) = (m.div_ceil(mr), n.div_ceil(nr));
     let (size_a, size_b) = (kernel.panel(mr, k), kernel.panel(nr, k));
     let steps = kernel.steps(k);
+    let small = m * n * k < 64 * 64 * 64;
     // Pairs of bf16 take the room of one f32: the workspace is counted in floats either way.
-    with_workspace(panels_a * size_a + panels_b * size_b + 16, |space| {
-        let (space_a, space_b) = space.split_at_mut((panels_a * size_a).next_multiple_of(16));
-        let (parts_a, parts_b) = (Parts::new(space_a), Parts::new(space_b));
-        let (grain, small) = ((8192 / size_a.max(size_b).max(1)).max(1), m * n * k < 64 * 64 * 64);
-        parallel_for(panels_a + panels_b, if small { usize::MAX } else { grain }, |range| {
+    with_workspace(panels_b * size_b, |space_b| {
+        let parts = Parts::new(space_b);
+        let grain = if small { usize::MAX } else { (8192 / size_b.max(1)).max(1) };
+        parallel_for(panels_b, grain, |range| {
             for p in range {
-                match p.checked_sub(panels_a) {
-                    None => {
-                        // SAFETY: each panel belongs to one piece.
-                        let panel = unsafe { parts_a.range(p * size_a..(p + 1) * size_a) };
-                        pack::panel(&kernel, a, p * mr, mr, panel);
-                    }
-                    Some(p) => {
-                        // SAFETY: as above.
-                        let panel = unsafe { parts_b.range(p * size_b..(p + 1) * size_b) };
-                        pack::panel(&kernel, b.t(), p * nr, nr, panel);
-                    }
-                }
+                // SAFETY: each panel belongs to one piece.
+                let panel = unsafe { parts.range(p * size_b..(p + 1) * size_b) };
+                pack::panel(&kernel, b.t(), p * nr, nr, panel);
             }
         });
-        let (space_a, space_b) = (&*space_a, &*space_b);
-        // A block of columns meets all rows before the next one, a few panels of rows at a time:
-        // small enough that threads end together, large enough to be worth asking for.
-        let blocks = panels_b.div_ceil((BLOCK / size_b.max(1)).clamp(1, panels_b));
-        let per_block = panels_b.div_ceil(blocks);
-        let per_group = (ITEM / (size_a * nr * per_block).max(1)).clamp(1, 16);
-        let groups = panels_a.div_ceil(per_group);
+        let space_b = &*space_b;
+        let Split { groups, blocks } = Split::of(panels_a, panels_b, size_a * nr);
         let item = |item: usize| {
-            let mut tile = Tile([0.0; TILE]);
-            let (block, group) = (item / groups, item % groups);
-            for pa in group * per_group..((group + 1) * per_group).min(panels_a) {
-                let panel_a = &space_a[pa * size_a..(pa + 1) * size_a];
-                for pb in block * per_block..((block + 1) * per_block).min(panels_b) {
+            let (group, block) = (item % groups, item / groups);
+            let rows = panels_a * group / groups..panels_a * (group + 1) / groups;
+            let columns = panels_b * block / blocks..panels_b * (block + 1) / blocks;
+            with_workspace(rows.len() * size_a, |space_a| {
+                let mut tile = Tile([0.0; TILE]);
+                for (pa, panel) in rows.clone().zip(space_a.chunks_exact_mut(size_a)) {
+                    pack::panel(&kernel, a, pa * mr, mr, panel);
+                }
+                for pb in columns {
                     let panel_b = &space_b[pb * size_b..(pb + 1) * size_b];
-                    let (row, col) = (pa * mr, pb * nr);
-                    let size = [mr.min(m - row), nr.min(n - col)];
-                    if size == [mr, nr]
-                        && let Some(c) = sink.direct(row, col, size)
-                    {
-                        let (stride, add) = (sink.row_stride, sink.epilogue.accumulate);
-                        // SAFETY: a whole tile of f32 in bounds, this item's alone.
-                        unsafe {
-                            kernel.tile_at(steps, panel_a, [1, mr], panel_b, c, stride, add);
+                    for (pa, panel_a) in rows.clone().zip(space_a.chunks_exact(size_a)) {
+                        let (row, col) = (pa * mr, pb * nr);
+                        let size = [mr.min(m - row), nr.min(n - col)];
+                        if size == [mr, nr]
+                            && let Some(c) = sink.direct(row, col, size)
+                        {
+                            let (stride, add) = (sink.row_stride, sink.epilogue.accumulate);
+                            // SAFETY: a whole tile of f32 in bounds, this item's alone.
+                            unsafe {
+                                kernel.tile_at(steps, panel_a, [1, mr], panel_b, c, stride, add);
+                            }
+                        } else {
+                            kernel.tile(steps, panel_a, [1, mr], panel_b, &mut tile.0, nr, false);
+                            sink.store_tile([row, col], size, &tile.0, nr);
                         }
-                    } else {
-                        kernel.tile(steps, panel_a, [1, mr], panel_b, &mut tile.0, nr, false);
-                        sink.store_tile([row, col], size, &tile.0, nr);
                     }
                 }
-            }
+            });
         };
         match small {
-            true => (0..blocks * groups).for_each(item),
-            false => parallel_each(blocks * groups, item),
+            true => (0..groups * blocks).for_each(item),
+            false => parallel_each(groups * blocks, item),
         }
     });
+}
+
+/// How a product is cut into items of work: groups of rows, which the thread that runs the item
+/// packs for itself, times blocks of columns.
+struct Split {
+    groups: usize,
+    blocks: usize,
+}
+
+impl Split {
+    /// Equal items, a multiple of the threads in number: small enough that threads end together,
+    /// and that a group stays in the second-level cache while columns pass by.
+    fn of(panels_a: usize, panels_b: usize, tile: usize) -> Split {
+        let threads = count();
+        let most = (ITEM / (tile * panels_b).max(1)).clamp(1, GROUP);
+        let rounds = panels_a.div_ceil(most * threads);
+        let groups = (rounds * threads).min(panels_a);
+        // Few rows: threads share them and split the columns.
+        let blocks = if groups >= 2 * threads { 1 } else { panels_b.div_ceil(16).min(4 * threads) };
+        Split { groups, blocks }
+    }
 }
 
 #[repr(align(64))]
