@@ -9,7 +9,8 @@ use colossal_apps::chat::rlhf::{Outcome, RlhfConfig};
 use colossal_apps::chat::talk::Chat;
 use colossal_apps::config::Given;
 use colossal_apps::train::{Task, TrainConfig, train};
-use colossal_apps::{chat, doctor, model, plan, report};
+use colossal_apps::{chat, doctor, flight, launch, model, plan, report};
+use colossal_comm::Launch;
 use colossal_kernels::{Threads, threads};
 use colossal_models::Dtype;
 use colossal_models::generate::Sampling;
@@ -53,11 +54,18 @@ enum Command {
     },
     /// Run a command of this binary on N ranks: `colossal run -n 2 train sft --config FILE`.
     ///
-    /// Ranks are threads of this process; `plan.dp` becomes what N leaves beside the other degrees.
+    /// Ranks are threads of this process, or with --processes or --hostfile processes (in a build
+    /// with the feature mpi); `plan.dp` becomes what N leaves beside the other degrees.
     Run {
         /// How many.
         #[arg(short)]
         n: usize,
+        /// A process for each rank: by srun inside a Slurm allocation, else by mpirun.
+        #[arg(long)]
+        processes: bool,
+        /// Processes on these hosts: a line `host slots=N` each, as mpirun reads it.
+        #[arg(long)]
+        hostfile: Option<PathBuf>,
         /// `train ...` or `rlhf ...`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         command: Vec<String>,
@@ -96,7 +104,12 @@ enum Command {
     #[command(subcommand)]
     Model(ModelCommand),
     /// Say what this machine offers, and what to do about what it does not.
-    Doctor,
+    Doctor {
+        /// Show what each rank called last, from a file that COLOSSAL_FLIGHT=<folder> kept of a
+        /// failed group.
+        #[arg(long)]
+        flight: Option<PathBuf>,
+    },
 }
 
 /// Where a run's configuration comes from.
@@ -178,10 +191,19 @@ enum ModelCommand {
 fn main() -> ExitCode {
     let mut cli = Cli::parse_from(fields_last(std::env::args().collect()));
     let mut ranks = None;
-    if let Command::Run { n, command } = &cli.command {
+    if let Command::Run { n, processes, hostfile, command } = &cli.command {
+        if *processes || hostfile.is_some() {
+            return launch::processes(*n, hostfile.as_deref(), command)
+                .unwrap_or_else(|error| failed(&error));
+        }
         ranks = Some(*n);
         let words = std::iter::once("colossal".to_string()).chain(command.iter().cloned());
         cli = Cli::parse_from(fields_last(words.collect()));
+    }
+    match Launch::from_env() {
+        Ok(Some(launch)) if launch.world_size > 1 => ranks = Some(launch.world_size),
+        Ok(_) => {}
+        Err(error) => return failed(&error.into()),
     }
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     threads::set(Threads::new(cli.threads.unwrap_or(cores).max(1)));
@@ -217,10 +239,11 @@ fn main() -> ExitCode {
         Command::Model(ModelCommand::Logits { dir, ids, out, loss }) => {
             model::logits(&model::Request { model: dir, ids, loss: *loss }, out)
         }
-        Command::Doctor => {
+        Command::Doctor { flight: None } => {
             print!("{}", doctor::report());
             Ok(())
         }
+        Command::Doctor { flight: Some(path) } => flight::show(path).map(|text| print!("{text}")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use colossal_comm::{Group, on_ranks};
+use colossal_comm::{Group, launched};
 use colossal_models::train::{
     AdamW, Batch, Decay, LrSchedule, Plan, Sequences, Trainer, load_checkpoint, save_checkpoint,
 };
@@ -207,7 +207,7 @@ pub fn train(task: Task, config: &TrainConfig) -> Result<String> {
     let resolved = toml::to_string_pretty(config)?;
     write_atomic(&config.output_dir.join("config.resolved.toml"), resolved.as_bytes())?;
     let end = tokenizer.as_ref().map_or(-1, ChatTokenizer::end_of_turn);
-    let results = on_ranks(config.plan.ranks(), |world| on_rank(task, config, &data, end, &world));
+    let results = launched(config.plan.ranks(), |world| on_rank(task, config, &data, end, &world))?;
     let mut text = String::new();
     for (rank, result) in results.into_iter().enumerate() {
         let said = result.with_context(|| format!("rank {rank}"))?;

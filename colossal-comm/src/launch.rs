@@ -2,7 +2,7 @@
 //! Kubernetes.
 
 use crate::error::{Error, Result};
-use crate::group::{Config, Group};
+use crate::group::{Config, Group, on_ranks};
 
 /// What started this process as one of several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,7 +11,8 @@ pub enum Launcher {
     OpenMpi,
     /// MPICH's, Intel's or Slurm's process manager: `PMI_*` or `PMIX_RANK`.
     Pmi,
-    /// Slurm's `srun`: `SLURM_PROCID`, `SLURM_NTASKS`, `SLURM_LOCALID`.
+    /// Slurm's `srun`: `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS`, `SLURM_LOCALID`. A batch script
+    /// itself is no rank, and lacks the second.
     Slurm,
     /// `torchrun` or whatever sets its variables: `RANK`, `WORLD_SIZE`, `LOCAL_RANK`.
     Torchrun,
@@ -42,7 +43,7 @@ const TABLE: [(Launcher, &str, &str, &str); 5] = [
     ),
     (Launcher::Pmi, "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
     (Launcher::Torchrun, "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    (Launcher::Slurm, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    (Launcher::Slurm, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     (Launcher::Kubernetes, "JOB_COMPLETION_INDEX", "WORLD_SIZE", "LOCAL_RANK"),
 ];
 
@@ -100,6 +101,28 @@ impl Group {
     }
 }
 
+/// Runs `f` on `n` ranks: on threads of this process, as [`on_ranks`], or, when a launcher started
+/// `n` processes, as the one rank that this process is, whose result is then the only one.
+///
+/// # Errors
+/// [`Error::Argument`] when the launcher started another number of processes, and those of
+/// [`Group::from_env`].
+pub fn launched<R: Send>(n: usize, f: impl Fn(Group) -> R + Sync) -> Result<Vec<R>> {
+    match Launch::from_env()? {
+        Some(launch) if launch.world_size > 1 => {
+            if launch.world_size != n {
+                let reason = format!(
+                    "{n} ranks are wanted and {:?} started {} processes; start {n}",
+                    launch.launcher, launch.world_size
+                );
+                return Err(Error::Argument { op: "launched", reason });
+            }
+            Ok(vec![f(Group::from_env()?)])
+        }
+        _ => Ok(on_ranks(n, f)),
+    }
+}
+
 #[cfg(feature = "mpi")]
 fn processes(launch: Launch, config: Config) -> Result<Group> {
     let (rank, size, engines) = crate::mpi::Mpi::world(config)?;
@@ -142,7 +165,7 @@ mod tests {
         // mpirun inside a Slurm job: the inner one counts.
         let both = [
             ("SLURM_PROCID", "0"),
-            ("SLURM_NTASKS", "1"),
+            ("SLURM_STEP_NUM_TASKS", "1"),
             ("OMPI_COMM_WORLD_RANK", "1"),
             ("OMPI_COMM_WORLD_SIZE", "2"),
         ];

@@ -3,6 +3,7 @@
 mod bucket;
 mod call;
 mod compress;
+mod cost;
 mod counters;
 mod element;
 mod engine;
@@ -22,11 +23,12 @@ mod threads;
 
 pub use call::Verb;
 pub use compress::Codec;
+pub use cost::Cost;
 pub use counters::Counters;
 pub use element::{DType, Element, ReduceOp};
 pub use error::{Error, Result};
 pub use group::{Config, Group, on_ranks};
 pub use in_flight::Pending;
-pub use launch::{Launch, Launcher};
+pub use launch::{Launch, Launcher, launched};
 pub use mesh::Mesh;
 pub use message::Message;

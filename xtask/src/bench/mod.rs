@@ -5,6 +5,7 @@
 //! the floor is what the machine's multiply-adds or its memory would allow, measured in the same
 //! turns. `train` times whole steps, `kernels` single kernels; other names run criterion benches.
 
+mod comm;
 mod page;
 mod prompt;
 
@@ -18,7 +19,7 @@ use prompt::Prompt;
 /// What to time.
 #[derive(Debug, Parser)]
 pub(crate) struct Args {
-    /// `train` (whole steps), `kernels`, or a criterion bench; nothing runs them all.
+    /// `train` (whole steps), `kernels`, `comm` (collectives), or a criterion bench; nothing runs them all.
     name: Option<String>,
     /// A peer: `python=PATH` of a Python that has torch.
     #[arg(long)]
@@ -42,6 +43,7 @@ pub(crate) fn bench(args: &Args) -> Result<()> {
     let rows = match args.name.as_deref() {
         Some("train") => train(args)?,
         Some("kernels") => kernels(args)?,
+        Some("comm") => comm::comm(args)?,
         Some(name) => return run(&cargo(), &["bench", "--workspace", "--bench", name], &[]),
         None => {
             run(&cargo(), &["bench", "--workspace", "--benches"], &[])?;
@@ -145,13 +147,18 @@ fn build(package: &str, example: &str) -> Result<String> {
     Ok(format!("{target}/release/examples/{example}"))
 }
 
+/// The peer's Python, if one was given.
+fn python(args: &Args) -> Result<Option<&str>> {
+    match args.peer.as_deref().map(|p| p.split_once('=')) {
+        None => Ok(None),
+        Some(Some(("python", path))) => Ok(Some(path)),
+        Some(_) => bail!("--peer takes python=<path to a Python that has torch>"),
+    }
+}
+
 /// Starts the peers, if there is a Python to start them with.
 fn start(args: &Args, script: &str, peers: &[Peer]) -> Result<Vec<(String, Prompt)>> {
-    let python = match args.peer.as_deref().map(|p| p.split_once('=')) {
-        None => return Ok(vec![]),
-        Some(Some(("python", path))) => path,
-        Some(_) => bail!("--peer takes python=<path to a Python that has torch>"),
-    };
+    let Some(python) = python(args)? else { return Ok(vec![]) };
     let mut started = Vec::new();
     for peer in peers {
         let mut arguments = vec![script];
