@@ -11,7 +11,7 @@ use colossal_apps::config::Given;
 use colossal_apps::train::{Task, TrainConfig, train};
 use colossal_apps::{chat, doctor, flight, launch, model, plan, report};
 use colossal_comm::Launch;
-use colossal_kernels::{Threads, threads};
+use colossal_kernels::{Threads, profile, threads};
 use colossal_models::Dtype;
 use colossal_models::generate::Sampling;
 use colossal_models::train::Plan;
@@ -23,6 +23,10 @@ struct Cli {
     /// Compute threads; as many as cores if not given.
     #[arg(long, global = true)]
     threads: Option<usize>,
+    /// Write a Chrome trace of all kernels here, and print where the time went against the
+    /// machine's floor. For short runs: every call is kept.
+    #[arg(long, global = true, value_name = "FILE")]
+    profile: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -207,6 +211,20 @@ fn main() -> ExitCode {
     }
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     threads::set(Threads::new(cli.threads.unwrap_or(cores).max(1)));
+    if cli.profile.is_some() {
+        profile::start();
+    }
+    let code = run(&cli, ranks);
+    if let Some(path) = &cli.profile {
+        match profile::stop().report(path) {
+            Ok(table) => print!("{table}"),
+            Err(e) => return failed(&anyhow::anyhow!("{}: {e}", path.display())),
+        }
+    }
+    code
+}
+
+fn run(cli: &Cli, ranks: Option<usize>) -> ExitCode {
     let result = match &cli.command {
         Command::Rlhf(fields) => return rlhf(fields, ranks),
         _ if ranks.is_some() && !matches!(cli.command, Command::Train { .. }) => {
@@ -359,5 +377,21 @@ fn rlhf(fields: &Fields, ranks: Option<usize>) -> ExitCode {
             ExitCode::FAILURE
         }
         Err(error) => failed(&error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_may_stand_anywhere() {
+        Cli::command().debug_assert();
+        let line = "colossal train sft --lr 1e-4 --model m --plan.dp=2 --data a --data b";
+        let words = fields_last(line.split(' ').map(str::to_string).collect());
+        let cli = Cli::parse_from(words);
+        let Command::Train { fields, .. } = cli.command else { panic!("train") };
+        assert_eq!(fields.data.len(), 2);
+        assert_eq!(fields.others, ["--lr", "1e-4", "--plan.dp=2"]);
     }
 }

@@ -230,7 +230,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         |e: std::io::Error| Error::File { path: path.display().to_string(), reason: e.to_string() };
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).map_err(fail)?;
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(fail)?;
+    let mut draft = tempfile::Builder::new();
+    // As any new file: what the umask leaves, so that others of a group may read a checkpoint.
+    #[cfg(unix)]
+    draft.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = draft.tempfile_in(folder).map_err(fail)?;
     file.write_all(bytes).map_err(fail)?;
     file.as_file().sync_all().map_err(fail)?;
     file.persist(path).map_err(|e| fail(e.error))?;
