@@ -132,6 +132,7 @@ pub fn ppo(
     progress: &mut Progress,
 ) -> Result<()> {
     let config = run.config;
+    models.actor.plan.whole_sequences("ppo")?;
     let order = Sequences::new(run.prompts.len(), models.actor.seed());
     let (part, parts) = models.actor.data_part();
     let own = config.rollouts / parts;
@@ -271,8 +272,8 @@ fn update(
     let seq = rows.iter().map(|r| r.len()).max().unwrap_or(1);
     let mut count = [batch.iter().map(|r| r.logprobs.len()).sum::<usize>() as f64];
     models.actor.world().all_reduce(&mut count, ReduceOp::Sum)?;
-    // Ranks of one tensor-parallel group count the same tokens.
-    let count = count[0] / models.actor.plan.tp as f64;
+    // Ranks with the same part of the batch count the same tokens.
+    let count = count[0] / models.actor.plan.copies() as f64;
     let scale = (1.0 / count.max(1.0)) as f32;
     let (part, parts) = models.actor.data_part();
     let flat = |of: &dyn Fn(&Rollout) -> &[f32]| -> Vec<f32> {
@@ -326,11 +327,11 @@ fn update(
         Tensor::external(loss.value, &[(&scores, gradient)])
     })?;
     models.actor.world().all_reduce(&mut watched, ReduceOp::Sum)?;
-    let tp = models.actor.plan.tp as f64;
+    let copies = models.actor.plan.copies() as f64;
     Ok(Update {
         policy: f64::from(policy.loss),
         value: f64::from(value.loss),
-        clipped: watched[0] / count / tp,
-        divergence: watched[1] / count / tp,
+        clipped: watched[0] / count / copies,
+        divergence: watched[1] / count / copies,
     })
 }

@@ -18,6 +18,7 @@ pub fn reward(
     steps: u64,
     progress: &mut Progress,
 ) -> Result<()> {
+    trainer.plan.whole_sequences("reward")?;
     let order = Sequences::new(data.len(), trainer.seed());
     let (part, parts) = trainer.data_part();
     while trainer.steps() < steps {

@@ -150,6 +150,26 @@ impl Plan {
         self.rows().iter().filter(|(_, _, role)| cut(role)).map(|(_, n, _)| n).product()
     }
 
+    /// Ranks that hold the same part of a batch.
+    pub fn copies(&self) -> usize {
+        self.ranks() / self.batch_parts()
+    }
+
+    /// For losses that are computed outside of the graph, token by token: are a rank's sequences
+    /// whole, and its own, wherever they are read?
+    ///
+    /// # Errors
+    /// A sentence that names `what` needs them, and the plans that keep them.
+    pub fn whole_sequences(&self, what: &str) -> Result<()> {
+        if self.sp == 1 && self.tensor != TensorMode::ThreeD {
+            return Ok(());
+        }
+        Err(Error::Other(format!(
+            "plan: {what} reads every token of a sequence on one rank; sp and tensor = \"3d\" move \
+             them elsewhere. Use dp, tp, or sequence_parallel = \"split_gather\""
+        )))
+    }
+
     /// The mesh and the map of this plan over `world`.
     ///
     /// # Errors

@@ -425,6 +425,37 @@ fn pretended_bytes_of_every_plan_equal_the_counters() {
 }
 
 #[test]
+fn ring_attention_holds_a_quarter_of_the_activations_of_32k_tokens_on_four_ranks() {
+    let config = DecoderConfig::Llama(LlamaConfig {
+        max_position_embeddings: 32_768,
+        ..LlamaConfig::sized(256, 64, 2, 4)
+    });
+    let held = |plan: Plan| {
+        let report = fake::check(&plan.axes(), plan.sharding(), Dtype::F32, |params| {
+            let stack = Stack::build::<Decoder>(params, &config)?;
+            let model = CausalLm { config: config.clone(), stack, params: params.clone() };
+            let window = vec![0; 32_769];
+            lm_loss(&model, &Batch::windows(&[&window])?, None)
+        });
+        report.unwrap().activation_bytes as f64
+    };
+    let serial = held(Plan::default());
+    for plan in [
+        context(SequenceMode::RingAttn, 4, Plan::default()),
+        context(SequenceMode::AllToAll, 4, Plan::default()),
+        context(SequenceMode::Usp, 4, Plan { ulysses: 2, ..Plan::default() }),
+    ] {
+        let ratio = held(plan.clone()) / (serial / 4.0);
+        assert!((0.9..1.1).contains(&ratio), "{plan:?} holds {ratio} of a quarter");
+    }
+    let text = Plan { sp: 2, sequence_parallel: SequenceMode::RingAttn, ..Plan::default() }
+        .whole_sequences("ppo")
+        .unwrap_err()
+        .to_string();
+    assert!(text.contains("ppo") && text.contains("split_gather"), "{text}");
+}
+
+#[test]
 fn layouts_of_published_sizes_hold_on_a_thousand_pretended_ranks() {
     let config = DecoderConfig::Llama(LlamaConfig {
         intermediate_size: 28672,
