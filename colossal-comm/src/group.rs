@@ -437,7 +437,7 @@ pub fn on_ranks<R: Send>(n: usize, f: impl Fn(Group) -> R + Sync) -> Vec<R> {
 /// Starts a rank on a core of its own, where there are as many, and leaves it free to move: new
 /// threads begin on their parent's core, and a busy machine may leave them there.
 fn place(rank: usize, ranks: usize) {
-    #[cfg(target_os = "linux")]
+    #[cfg(all(target_os = "linux", not(miri)))]
     // SAFETY: the sets are valid for the calls, which touch this thread's affinity only.
     unsafe {
         let size = size_of::<libc::cpu_set_t>();
@@ -456,6 +456,6 @@ fn place(rank: usize, ranks: usize) {
             libc::sched_setaffinity(0, size, &raw const allowed);
         }
     }
-    #[cfg(not(target_os = "linux"))]
+    #[cfg(not(all(target_os = "linux", not(miri))))]
     let _ = (rank, ranks);
 }

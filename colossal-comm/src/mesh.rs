@@ -95,6 +95,48 @@ impl Mesh {
         })
     }
 
+    /// The grid of the named axes alone, in the order of this mesh: the ranks that share this one's
+    /// coordinates on all other axes. Every rank must call it with the same axes.
+    ///
+    /// ```
+    /// use colossal_comm::{Mesh, on_ranks};
+    /// let sizes = on_ranks(8, |world| {
+    ///     let mesh = Mesh::new(&world, &[("dp", 2), ("pp", 2), ("tp", 2)]).unwrap();
+    ///     let replica = mesh.sub(&["pp", "tp"]).unwrap();
+    ///     (mesh.coord("dp").unwrap(), replica.world().rank(), replica.world().world_size())
+    /// });
+    /// assert_eq!(sizes[5], (1, 1, 4));
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an axis that does not exist, or on a pretended mesh.
+    #[track_caller]
+    pub fn sub(&self, axes: &[&str]) -> Result<Mesh> {
+        let kept = axes.iter().map(|a| self.position(a)).collect::<Result<Vec<usize>>>()?;
+        if let Some(first) = self.0.axes.first() {
+            self.group(first.0)?;
+        }
+        let mut base = self.0.coords.clone();
+        kept.iter().for_each(|axis| base[*axis] = 0);
+        let world = self.0.world.split_named(index(&base, &self.0.axes), &axes.join("+"))?;
+        let all = self.0.axes.iter().enumerate();
+        let axes: Vec<_> = all.filter(|(i, _)| kept.contains(i)).map(|(_, a)| *a).collect();
+        Mesh::new(&world, &axes)
+    }
+
+    /// The rank in [`Mesh::world`] with these coordinates, one for each axis.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] unless there is a place for each.
+    pub fn rank_at(&self, coords: &[usize]) -> Result<usize> {
+        let axes = &self.0.axes;
+        if coords.len() == axes.len() && coords.iter().zip(axes).all(|(c, (_, n))| c < n) {
+            return Ok(index(coords, axes));
+        }
+        let reason = format!("{coords:?} is no place on the axes {axes:?}");
+        Err(Error::Argument { op: "mesh", reason })
+    }
+
     /// The size of an axis.
     pub fn size(&self, axis: &str) -> Result<usize> {
         self.position(axis).map(|i| self.0.axes[i].1)

@@ -8,7 +8,7 @@
 //! `colossal doctor --flight <file>` shows it.
 
 use std::panic::Location;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering::*};
 use std::time::Instant;
@@ -206,6 +206,11 @@ impl Recorder {
     /// Writes the report where `COLOSSAL_FLIGHT` says; where it was written.
     pub(crate) fn dump(&self, error: &crate::Error) -> Option<PathBuf> {
         let folder = PathBuf::from(std::env::var_os("COLOSSAL_FLIGHT")?);
+        // A report that cannot be written must not hide the failure that it reports.
+        self.write(&folder, error).ok()
+    }
+
+    fn write(&self, folder: &Path, error: &crate::Error) -> std::io::Result<PathBuf> {
         let mut report = self.json();
         report["error"] = error.to_string().into();
         report["pid"] = std::process::id().into();
@@ -214,11 +219,42 @@ impl Recorder {
         let name = self.name.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
         let path = folder.join(format!("flight-{}-{number}-{name}.json", std::process::id()));
         let half = path.with_extension("part");
-        let text = serde_json::to_string_pretty(&report).ok()?;
-        // A report that cannot be written must not hide the failure that it reports.
-        std::fs::create_dir_all(&folder).ok()?;
-        std::fs::write(&half, text + "\n").ok()?;
-        std::fs::rename(&half, &path).ok()?;
-        Some(path)
+        std::fs::create_dir_all(folder)?;
+        std::fs::write(&half, serde_json::to_string_pretty(&report)? + "\n")?;
+        std::fs::rename(&half, &path)?;
+        Ok(path)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::call::Verb;
+    use crate::element::DType;
+
+    #[test]
+    fn the_file_holds_the_last_calls_of_every_rank() {
+        let recorder = Recorder::new("world/tp".into(), 2);
+        let call = Call::new(Verb::AllReduce, DType::Bf16, 12, Location::caller());
+        for sequence in 0..100 {
+            for rank in 0..2 {
+                recorder.begin(rank, sequence, &call, std::ptr::null(), null_mut());
+                if (rank, sequence) != (1, 99) {
+                    recorder.end(rank, sequence);
+                }
+            }
+        }
+        let folder = std::env::temp_dir().join(format!("flight-test-{}", std::process::id()));
+        let error = crate::Error::Engine { op: "test".into(), reason: "on purpose".into() };
+        let path = recorder.write(&folder, &error).unwrap();
+        let report: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        let calls = report["ranks"][1]["calls"].as_array().unwrap();
+        assert_eq!((calls.len(), &calls[0]["sequence"]), (64, &json!(36)));
+        assert_eq!((&calls[62]["state"], &calls[63]["state"]), (&json!("ended"), &json!("in it")));
+        assert_eq!(calls[63]["verb"], "all_reduce");
+        assert!(calls[63]["site"].as_str().unwrap().contains("recorder.rs:"));
+        assert_eq!(report["error"], "test: on purpose");
+        assert!(recorder.doing().contains("rank 1 is in all_reduce(12 x bf16"));
     }
 }
