@@ -323,12 +323,14 @@ fn pass<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<
             let columns = panels_b * block / blocks..panels_b * (block + 1) / blocks;
             with_workspace(rows.len() * size_a, |space_a| {
                 let mut tile = Tile([0.0; TILE]);
-                for (pa, panel) in rows.clone().zip(space_a.chunks_exact_mut(size_a)) {
-                    pack::panel(&kernel, a, pa * mr, mr, panel);
+                let panel = |pa: usize| (pa - rows.start) * size_a..(pa + 1 - rows.start) * size_a;
+                for pa in rows.clone() {
+                    pack::panel(&kernel, a, pa * mr, mr, &mut space_a[panel(pa)]);
                 }
                 for pb in columns {
                     let panel_b = &space_b[pb * size_b..(pb + 1) * size_b];
-                    for (pa, panel_a) in rows.clone().zip(space_a.chunks_exact(size_a)) {
+                    for pa in rows.clone() {
+                        let panel_a = &space_a[panel(pa)];
                         let (row, col) = (pa * mr, pb * nr);
                         let size = [mr.min(m - row), nr.min(n - col)];
                         if size == [mr, nr]
