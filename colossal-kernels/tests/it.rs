@@ -96,7 +96,8 @@ fn activation(kind: Activation, x: f64) -> f64 {
     }
 }
 
-const SHAPES: [[usize; 3]; 12] = [
+const SHAPES: [[usize; 3]; 13] = [
+    [17, 40, 0],
     [1, 1, 1],
     [1, 37, 65],
     [1, 200, 1500],
