@@ -53,6 +53,9 @@ pub struct TrainConfig {
     /// The reward model's folder (ppo only): judge, and beginning of the critic.
     #[serde(default)]
     pub reward_model: Option<PathBuf>,
+    /// Conversations that `ppo.ptx_coef` mixes into the policy's loss (ppo only).
+    #[serde(default)]
+    pub demonstrations: Vec<PathBuf>,
     /// Where results go.
     #[serde(default = "output_dir")]
     pub output_dir: PathBuf,
@@ -182,7 +185,7 @@ enum Data {
     Stream(Vec<i32>),
     Talks(Split<Talk>),
     Pairs(Split<TokenPair>),
-    Prompts(Vec<Vec<i32>>),
+    Prompts(Vec<Vec<i32>>, Vec<Talk>),
 }
 
 /// Runs a task on `plan.ranks()` ranks (threads); gives the last numbers as text.
@@ -197,6 +200,9 @@ pub fn train(task: Task, config: &TrainConfig) -> Result<String> {
     }
     if task == Task::Ppo && !config.ppo.rollouts.is_multiple_of(config.plan.dp) {
         bail!("ppo.rollouts {} is no multiple of plan.dp {}", config.ppo.rollouts, config.plan.dp);
+    }
+    if task == Task::Ppo && config.ppo.ptx_coef > 0.0 && config.demonstrations.is_empty() {
+        bail!("ppo.ptx_coef mixes conversations in: name their files in `demonstrations`");
     }
     if task != Task::Sft && task != Task::Pretrain && config.plan.microbatches > 1 {
         bail!("plan.microbatches is for sft and pretrain; set it to 1");
@@ -271,7 +277,9 @@ fn read(task: Task, config: &TrainConfig, tokenizer: Option<&ChatTokenizer>) -> 
         Task::Ppo => {
             let prompts = all(&config.data, dataset::prompts)?;
             let room = config.ppo.max_new_tokens;
-            Ok(Data::Prompts(corpus::prompts(need()?, &prompts, room, max)?))
+            let prompts = corpus::prompts(need()?, &prompts, room, max)?;
+            let talks = all(&config.demonstrations, dataset::conversations)?;
+            Ok(Data::Prompts(prompts, corpus::talks(need()?, &talks, max)?))
         }
     }
 }
@@ -303,8 +311,8 @@ fn on_rank(
     {
         bail!("token {id} is beyond the model's vocabulary of {vocab}: another tokenizer's?");
     }
-    if let Data::Prompts(prompts) = data {
-        return align(trainer, config, prompts, end, world);
+    if let Data::Prompts(prompts, demonstrations) = data {
+        return align(trainer, config, (prompts, demonstrations), end, world);
     }
     let newest = checkpoints(&config.output_dir, |_| true).pop();
     if let Some((step, path)) = &newest {
@@ -325,7 +333,7 @@ fn on_rank(
             Data::Pairs(pairs) => {
                 reward(&mut trainer, &pairs.train, config.batch, upto, &mut progress)?;
             }
-            Data::Prompts(_) => {}
+            Data::Prompts(..) => {}
         }
         if config.save_every > 0 {
             save_checkpoint(&trainer, &config.checkpoint(upto))?;
@@ -393,7 +401,7 @@ fn pretrain(
 fn align(
     mut actor: Trainer,
     config: &TrainConfig,
-    prompts: &[Vec<i32>],
+    (prompts, demonstrations): (&[Vec<i32>], &[Talk]),
     end: i32,
     world: &Group,
 ) -> Result<String> {
@@ -428,7 +436,7 @@ fn align(
     }
     let mut progress = Progress::open(&config.output_dir, first, newest.is_some())?;
     progress.stage("ppo", config.ppo.iterations);
-    let run = Run { prompts, demonstrations: &[], end_of_turn: end, config: &config.ppo };
+    let run = Run { prompts, demonstrations, end_of_turn: end, config: &config.ppo };
     let scored = |rows: &[&[i32]]| score(&reward, rows);
     while done < config.ppo.iterations {
         let upto = config.next_stop(done, config.ppo.iterations);
@@ -602,6 +610,13 @@ mod tests {
             None,
         )
         .unwrap();
+        // Demonstrations mixed in change the policy; without any the coefficient is a mistake.
+        let mixed = format!("{more}\nptx_coef = 0.5");
+        let e = train(Task::Ppo, &stage("mixed", "sft", "pairs.jsonl", &mixed)).unwrap_err();
+        assert!(format!("{e:#}").contains("`demonstrations`"), "{e:#}");
+        let mixed = format!("demonstrations = ['{}/talks.jsonl']\n{mixed}", d.display());
+        train(Task::Ppo, &stage("mixed", "sft", "pairs.jsonl", &mixed)).unwrap();
+        assert_ne!(std::fs::read(d.join("mixed/model.safetensors")).unwrap(), whole);
         // A judge is asked for by name, and a language model is none.
         let e = train(Task::Ppo, &stage("x", "sft", "pairs.jsonl", "")).unwrap_err();
         assert!(format!("{e:#}").contains("reward_model is missing"), "{e:#}");
