@@ -141,9 +141,8 @@ pub(crate) fn with_workspace<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> 
     result
 }
 
-/// Steps of depth of one pass; longer products are added up in f32. Shorter passes would keep
-/// the panel of `a` in the first-level cache, but touch c more often.
-const DEPTH: usize = 768;
+/// Steps of depth of one pass; longer products are added up in f32.
+const DEPTH: usize = 1024;
 /// Multiply-adds of one item of work, in floats: some 100 microseconds.
 const ITEM: usize = 6 << 20;
 /// Panels of one group of rows at most: they should stay in a 1 MiB second-level cache.
