@@ -1,7 +1,5 @@
 //! AdamW (Loshchilov & Hutter, 2019), one pass over memory.
 
-use half::bf16;
-
 use crate::elementwise::check;
 use crate::float::Float;
 use crate::isa::simd;
@@ -85,28 +83,29 @@ impl AdamW {
         });
     }
 
-    /// As [`AdamW::step_grad_scale`] on f32 masters, writing the bf16 parameters in the same pass.
-    pub fn step_bf16(
+    /// As [`AdamW::step_grad_scale`] on f32 masters, writing the bf16 or f16 parameters in the
+    /// same pass: the CPU Adam of offloaded optimizers.
+    pub fn step_masters<T: Float>(
         &self,
         t: u32,
         grad_scale: f32,
         master: &mut [f32],
-        params: &mut [bf16],
+        params: &mut [T],
         grads: &[f32],
         m: &mut [f32],
         v: &mut [f32],
     ) {
-        let _span = profile::span::<f32>("adamw_bf16", [master.len(), 0, 0], || Work {
+        let _span = profile::span::<f32>("adamw_masters", [master.len(), 0, 0], || Work {
             flops: 0,
             bytes: 30 * master.len() as u64,
         });
         for len in [params.len(), grads.len(), m.len(), v.len()] {
             check("adamw", master.len(), len);
         }
-        simd! { fn piece(w: &mut [f32], p: &mut [bf16], g: &[f32], m: &mut [f32], v: &mut [f32], f: &Factors) {
+        simd! { fn piece<T: Float>(w: &mut [f32], p: &mut [T], g: &[f32], m: &mut [f32], v: &mut [f32], f: &Factors) {
             for ((((w, p), g), m), v) in w.iter_mut().zip(p).zip(g).zip(m).zip(v) {
                 *w = update(*w, *g, m, v, f);
-                *p = <bf16 as Float>::from_f32(*w);
+                *p = T::from_f32(*w);
             }
         } }
         let f = self.factors(t, grad_scale);

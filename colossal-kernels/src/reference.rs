@@ -154,3 +154,38 @@ pub fn gelu_tanh(x: f64) -> f64 {
     let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
     0.5 * x * (1.0 + inner.tanh())
 }
+
+/// One [`Lion`](crate::Lion) step of one parameter: the parameter and its momentum.
+pub fn lion(o: &crate::Lion, p: f64, g: f64, m: f64) -> [f64; 2] {
+    let (lr, b1, b2) = (f64::from(o.lr), f64::from(o.beta1), f64::from(o.beta2));
+    let c = b1 * m + (1.0 - b1) * g;
+    let sign = if c == 0.0 { 0.0 } else { c.signum() };
+    [p - lr * (sign + f64::from(o.weight_decay) * p), b2 * m + (1.0 - b2) * g]
+}
+
+/// One [`Lamb`](crate::Lamb) step of a tensor, each element `[p, m, v]`.
+pub fn lamb(o: &crate::Lamb, t: u32, x: &mut [[f64; 3]], g: &[f64]) {
+    let (b1, b2, t) = (f64::from(o.beta1), f64::from(o.beta2), t as i32);
+    let direction = |[p, m, v]: [f64; 3]| {
+        let (m, v) = (m / (1.0 - b1.powi(t)), v / (1.0 - b2.powi(t)));
+        m / (v.sqrt() + f64::from(o.eps)) + f64::from(o.weight_decay) * p
+    };
+    for (x, g) in x.iter_mut().zip(g) {
+        *x = [x[0], b1 * x[1] + (1.0 - b1) * g, b2 * x[2] + (1.0 - b2) * g * g];
+    }
+    let norm = |f: &dyn Fn([f64; 3]) -> f64| x.iter().map(|x| f(*x).powi(2)).sum::<f64>().sqrt();
+    let ratio = norm(&|x| x[0]) / norm(&direction);
+    x.iter_mut().for_each(|x| x[0] -= f64::from(o.lr) * ratio * direction(*x));
+}
+
+/// One [`Lars`](crate::Lars) step of a tensor, each element `[p, m]`.
+pub fn lars(o: &crate::Lars, x: &mut [[f64; 2]], g: &[f64]) {
+    let decay = f64::from(o.weight_decay);
+    let size = x.iter().map(|x| x[0] * x[0]).sum::<f64>().sqrt();
+    let step = g.iter().map(|g| g * g).sum::<f64>().sqrt();
+    let ratio = f64::from(o.trust) * size / (step + decay * size + f64::from(o.eps));
+    for (x, g) in x.iter_mut().zip(g) {
+        x[1] = f64::from(o.momentum) * x[1] + ratio * (g + decay * x[0]);
+        x[0] -= f64::from(o.lr) * x[1];
+    }
+}

@@ -313,7 +313,7 @@ impl Trainer {
                         (Some(master), _) => {
                             let master = &mut master.as_mut_slice::<f32>()[own];
                             let params = &mut flat.as_mut_slice::<bf16>()[all];
-                            rule.step_bf16(t, scale, master, params, grad, m, v);
+                            rule.step_masters(t, scale, master, params, grad, m, v);
                         }
                         (None, _) => {
                             let params = &mut flat.as_mut_slice::<f32>()[all];
