@@ -350,3 +350,17 @@ fn coalesced_forms_equal_one_by_one() {
         assert_eq!(a, b);
     });
 }
+
+#[test]
+fn ranks_share_a_large_payload() {
+    on_ranks(2, |g| {
+        let me = g.rank();
+        let mut x: Vec<f32> = (0..2000).map(|i| value(me, i)).collect();
+        g.all_reduce(&mut x, ReduceOp::Sum).unwrap();
+        assert!(x.iter().enumerate().all(|(i, x)| *x == reduced(ReduceOp::Sum, 2, i)));
+        let mut all = vec![0.0; 4000];
+        g.all_gather(&x, &mut all).unwrap();
+        assert!(all[..2000] == x && all[2000..] == x);
+        g.broadcast(&mut all, 1).unwrap();
+    });
+}
