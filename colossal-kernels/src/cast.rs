@@ -4,7 +4,9 @@ use half::bf16;
 
 use crate::elementwise::check;
 use crate::float::Float;
-use crate::isa::{Isa, isa, simd};
+use crate::isa::simd;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{Isa, isa};
 use crate::profile::{self, Work};
 use crate::threads::rows;
 

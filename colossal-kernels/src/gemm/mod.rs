@@ -14,7 +14,9 @@ mod skinny;
 use std::cell::RefCell;
 
 use crate::float::Float;
-use crate::isa::{Isa, isa, simd};
+use crate::isa::simd;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{Isa, isa};
 use crate::math::{erf, sigmoid, tanh};
 use crate::memory::Block;
 use crate::profile::{self, Work};
