@@ -4,6 +4,7 @@
 //! waits polls without keeping others from making progress.
 
 use std::ffi::{c_int, c_void};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -92,16 +93,27 @@ impl Request {
     }
 }
 
+/// Looks before a waiter offers its core: many when the ranks of this host have a core each, for a
+/// yield on a busy machine costs a time slice of somebody else; few when they share cores.
+static KEEP: LazyLock<u64> = LazyLock::new(|| {
+    let number = |name| std::env::var(name).ok()?.parse::<usize>().ok();
+    let here = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"];
+    let here = here.into_iter().find_map(number);
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    if here.is_some_and(|n| n <= cores) { 5000 } else { 100 }
+});
+
 /// Polls `done` until it is true (then true) or the deadline has passed (then false): looks, then
 /// offers the core, then naps.
 pub(super) fn poll(deadline: Instant, mut done: impl FnMut() -> Result<bool>) -> Result<bool> {
+    let keep = *KEEP;
     for look in 0u64.. {
         if done()? {
             return Ok(true);
         }
         match look {
-            0..100 => std::hint::spin_loop(),
-            100..4000 => std::thread::yield_now(),
+            _ if look < keep => std::hint::spin_loop(),
+            _ if look < keep + 4000 => std::thread::yield_now(),
             _ => std::thread::sleep(Duration::from_micros(50)),
         }
         if look % 64 == 63 && Instant::now() >= deadline {
@@ -143,6 +155,11 @@ impl Cuts {
         }
         count(at)?;
         Ok(cuts)
+    }
+
+    /// The same `len` elements, `n` times.
+    pub(super) fn same(len: usize, n: usize) -> Result<Cuts> {
+        Cuts::strided(len, 0, n)
     }
 
     /// `n` parts of `len` elements that begin `stride` apart.
@@ -296,31 +313,6 @@ impl Comm {
         let (len, root) = (count(len)?, count(root)?);
         // SAFETY: the caller's contract.
         unsafe { start!(MPI_Ibcast, buffer.cast(), len, datatype(size), root, self.raw) }
-    }
-
-    pub(super) unsafe fn all_gather(
-        &self,
-        input: *const u8,
-        output: *mut u8,
-        cuts: &Cuts,
-        size: usize,
-    ) -> Result<Request> {
-        let (mine, t) = (cuts.lens[self.rank], datatype(size));
-        let (lens, offsets) = (cuts.lens.as_ptr(), cuts.offsets.as_ptr());
-        // SAFETY: the caller's contract, which holds for the cuts as well.
-        unsafe {
-            start!(
-                MPI_Iallgatherv,
-                solid(input).cast(),
-                mine,
-                t,
-                solid(output.cast_const()).cast_mut().cast(),
-                lens,
-                offsets,
-                t,
-                self.raw
-            )
-        }
     }
 
     pub(super) unsafe fn gather(

@@ -9,8 +9,8 @@
 //! time, a process has died, and all are ended by `MPI_Abort`, as MPI itself does.
 //!
 //! MPI moves bytes only. Reductions are ours, in rank order: the same bits as the threads engine
-//! gives, for every type. An all-reduce is an all-to-all of slices, a local sum, and an
-//! all-gather: 2n(p-1)/p, as the best of MPI's own.
+//! gives, for every type. An all-reduce is an all-to-all of slices, a local sum, and
+//! the sums to all: 2n(p-1)/p, as the best of MPI's own.
 
 mod ffi;
 
@@ -363,10 +363,11 @@ impl Mpi {
                             (0..n).map(|r| slice(len, r + 1, n) - slice(len, r, n)).collect();
                         let sum = self.reduced(call, io.input.add(at * size), &lens)?;
                         let (from, to) = (sum.as_ptr().cast(), io.output.add(at * size));
+                        let same = Cuts::same(lens[me], n)?;
                         let cuts = Cuts::new(lens.into_iter())?;
                         let request = match call.verb {
                             Verb::Reduce => self.comm.gather(from, to, &cuts, size, root)?,
-                            _ => self.comm.all_gather(from, to, &cuts, size)?,
+                            _ => self.comm.all_to_all(from, &same, to, &cuts, size)?,
                         };
                         self.finish(call, vec![request])?;
                     }
@@ -381,7 +382,10 @@ impl Mpi {
                 }
                 Verb::AllGather => {
                     let cuts = Cuts::new(parts(io.recv).into_iter())?;
-                    let request = self.comm.all_gather(io.input, io.output, &cuts, size)?;
+                    // Of Open MPI's collectives that do not block, the all-gather takes five times
+                    // as long as an all-to-all of the same bytes (4.1, two ranks, 1 MiB).
+                    let same = Cuts::same(io.recv.len(me), n)?;
+                    let request = self.comm.all_to_all(io.input, &same, io.output, &cuts, size)?;
                     // Returns here, and not below, because the cuts must outlive the request.
                     return self.finish(call, vec![request]);
                 }
@@ -422,10 +426,11 @@ impl Mpi {
             .map(|i| if i < n { io.send.len(i) } else { io.recv.len(i - n) } as u64)
             .collect();
         let mut all = vec![0u64; 2 * n * n];
-        let cuts = Cuts::new(std::iter::repeat_n(2 * n, n))?;
+        let (same, cuts) = (Cuts::same(2 * n, n)?, Cuts::strided(2 * n, 2 * n, n)?);
         // SAFETY: both buffers are ours until the request is finished.
         let request = unsafe {
-            self.comm.all_gather(row.as_ptr().cast(), all.as_mut_ptr().cast(), &cuts, 8)?
+            let (from, to) = (row.as_ptr().cast(), all.as_mut_ptr().cast());
+            self.comm.all_to_all(from, &same, to, &cuts, 8)?
         };
         self.finish(call, vec![request])?;
         for (from, to) in (0..n).flat_map(|a| (0..n).map(move |b| (a, b))) {
