@@ -295,3 +295,69 @@ impl Flight {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two parameters, of 3 and 2 elements, in one bucket.
+    fn zero(stage: Stage) -> Zero {
+        Zero::new(stage, Group::solo(), 5, 8, &[(0, 3), (3, 2)]).expect("segments fit")
+    }
+
+    fn grads(zero: &mut Zero) -> Vec<f32> {
+        let mut all = vec![f32::NAN; 5];
+        zero.step(|range, grad| all[range].copy_from_slice(grad));
+        all
+    }
+
+    #[test]
+    fn gradients_add_up_in_place_and_old_values_do_not_come_back() {
+        for stage in [Stage::Zero, Stage::One, Stage::Two] {
+            let mut zero = zero(stage);
+            for step in 1..=3 {
+                let x = step as f32;
+                for _ in 0..2 {
+                    let (grad, first) = zero.gradient(3, 2).expect("there is such a parameter");
+                    if first {
+                        grad.fill(0.0);
+                    }
+                    grad.iter_mut().for_each(|g| *g += x);
+                }
+                zero.complete(3).expect("there is such a parameter");
+                // The first parameter is reached in the first step only.
+                if step == 1 {
+                    zero.ready(0, &[7.0; 3]).expect("there is such a parameter");
+                }
+                zero.finish().expect("one rank");
+                let first = if step == 1 { 7.0 } else { 0.0 };
+                assert_eq!(grads(&mut zero), [first, first, first, 2.0 * x, 2.0 * x], "{stage:?}");
+                zero.clear();
+            }
+        }
+    }
+
+    #[test]
+    fn microbatches_add_up_until_they_are_cleared() {
+        let mut zero = zero(Stage::Two);
+        for _ in 0..3 {
+            zero.ready(3, &[1.0; 2]).expect("there is such a parameter");
+            zero.ready(0, &[2.0; 3]).expect("there is such a parameter");
+            zero.finish().expect("one rank");
+        }
+        assert_eq!(grads(&mut zero), [6.0, 6.0, 6.0, 3.0, 3.0]);
+    }
+
+    #[test]
+    fn what_is_no_parameter_is_refused() {
+        let mut zero = zero(Stage::One);
+        assert!(zero.gradient(1, 2).is_err(), "no parameter starts there");
+        assert!(zero.gradient(0, 2).is_err(), "it is longer");
+        assert!(zero.gradient(3, 3).is_err(), "beyond the end");
+        zero.ready(0, &[1.0; 3]).expect("there is such a parameter");
+        zero.ready(3, &[1.0; 2]).expect("there is such a parameter");
+        assert!(zero.gradient(0, 3).is_err(), "its bucket is in flight");
+        zero.finish().expect("one rank");
+        assert!(zero.gradient(0, 3).is_ok());
+    }
+}
