@@ -172,14 +172,12 @@ mod vectors {
                     // Weights come from memory: they are asked for this many bytes ahead.
                     const AHEAD: usize = 1024;
                     let mut acc = [[_mm512_setzero_ps(); 4]; R];
-                    for at in (0..k).step_by($lanes) {
-                        let mask = (u32::MAX >> (32 - (k - at).min($lanes))) as $mask;
+                    let mut step = |at: usize, mask: $mask| {
                         // SAFETY: masked to the row's end; a prefetch may point anywhere.
                         let load = |p: *const $element| unsafe { $load(mask, p.add(at)) };
                         let y = b.map(|p| {
-                            _mm_prefetch::<_MM_HINT_T0>(
-                                p.wrapping_add(at).cast::<i8>().wrapping_add(AHEAD),
-                            );
+                            let ahead = p.wrapping_add(at).cast::<i8>().wrapping_add(AHEAD);
+                            _mm_prefetch::<_MM_HINT_T0>(ahead);
                             load(p)
                         });
                         for (acc, a) in acc.iter_mut().zip(a) {
@@ -188,6 +186,11 @@ mod vectors {
                                 *acc = $product(*acc, x, y);
                             }
                         }
+                    };
+                    // With a mask that is known to be full, loads are plain ones.
+                    (0..k / $lanes).for_each(|i| step(i * $lanes, <$mask>::MAX));
+                    if k % $lanes > 0 {
+                        step(k / $lanes * $lanes, <$mask>::MAX >> ($lanes - k % $lanes));
                     }
                     for (out, acc) in out.iter_mut().zip(acc) {
                         *out = acc.map(|x| _mm512_reduce_add_ps(x));
