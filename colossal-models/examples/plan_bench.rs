@@ -1,7 +1,8 @@
 //! Training steps of one model under several plans, in turns: medians, and ratios to one rank.
 //!
-//! `cargo run --release -p colossal-models --example plan_bench -- [llama|moe] [rounds]`. One rank
-//! has two compute threads; plans of two ranks give each rank one.
+//! `cargo run --release -p colossal-models --example plan_bench -- [llama|moe] [rounds] [words]`. One
+//! rank has two compute threads; plans of two ranks give each rank one. With words, only plans whose
+//! name has them. Peers: `xtask/peers/{tensor_parallel,moe}_torch.py`.
 #![forbid(unsafe_code)]
 
 use std::error::Error;
@@ -23,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ..LlamaConfig::sized(8192, 512, 8, 8)
     };
     let one = Plan::default();
-    let (config, plans) = match args.first().map(String::as_str) {
+    let (config, mut plans) = match args.first().map(String::as_str) {
         Some("moe") => {
             let base = LlamaConfig { intermediate_size: 688, num_hidden_layers: 4, ..base };
             let config = DecoderConfig::Mixtral(MixtralConfig::sized(base, 8));
@@ -45,6 +46,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             (DecoderConfig::Llama(base), plans)
         }
     };
+    let words = args.get(2).map_or("", |w| w);
+    plans.retain(|(name, _)| name.contains(words));
     let stream = colossal_tensor::random::Stream::new(0, 0);
     let ids: Vec<i32> = (0..4 * 257).map(|i| (stream.bits(i) % 8192) as i32).collect();
     let batch = Batch::windows(&ids.chunks(257).collect::<Vec<_>>())?;

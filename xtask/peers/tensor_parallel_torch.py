@@ -59,7 +59,7 @@ if args.worker == "tp":
     parallelize_module(model, mesh, {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
         "lm_head": ColwiseParallel(output_layouts=Replicate())})
-opt = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01, foreach=args.worker == "tp" or None)
+opt = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01, foreach=False if args.worker == "tp" else None)
 ids = torch.randint(0, 8192, (4, 257), generator=torch.Generator().manual_seed(0))
 speeds = []
 for step in range(4):
