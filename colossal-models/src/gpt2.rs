@@ -4,7 +4,7 @@
 //! - learned positions, LayerNorm before each sub-layer, biases everywhere
 //! - GELU by its tanh approximation, the head tied to the embedding
 //! - residual projections start with deviation 0.02 / sqrt(2 · layers)
-//! - published files fuse q, k, v and store matrices as `[in, out]`: see `hf.rs`
+//! - published files fuse q, k, v and store matrices as `[in, out]`: see `hf`
 
 use std::sync::Arc;
 

@@ -7,7 +7,7 @@
 //! - an auxiliary loss keeps the experts evenly used (`router_aux_loss_coef`)
 //!
 //! Published files hold a tensor per expert; here the experts of a layer are one parameter, so
-//! that a plan can cut it along `ep`. `hf.rs` knows the way between the two.
+//! that a plan can cut it along `ep`. `hf` knows the way between the two.
 
 use std::sync::Arc;
 
