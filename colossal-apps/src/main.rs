@@ -109,7 +109,7 @@ enum Command {
     Model(ModelCommand),
     /// Say what this machine offers, and what to do about what it does not.
     Doctor {
-        /// Show what each rank called last, from a file that COLOSSAL_FLIGHT=<folder> kept of a
+        /// Show what each rank called last, from a file that COLOSSAL_FLIGHT=FOLDER kept of a
         /// failed group.
         #[arg(long)]
         flight: Option<PathBuf>,
