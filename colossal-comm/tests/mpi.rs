@@ -4,8 +4,10 @@
 
 mod suite;
 
-use std::process::Command;
-use std::time::Duration;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use colossal_comm::{Config, Error, Group, Launch, ReduceOp};
 
@@ -23,25 +25,45 @@ fn start() {
     for (scene, n) in
         [("conform", 2), ("conform", 4), ("mismatch", 3), ("leave", 3), ("late", 3), ("panic", 2)]
     {
-        let out = Command::new("mpirun")
+        let mut job = Command::new("mpirun")
             .args(["-n", &n.to_string(), "--oversubscribe"])
             .arg(&me)
             .env("COLOSSAL_SCENE", scene)
             // Containers have one user, and no leave to read another process's memory.
             .envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")])
             .envs([("OMPI_MCA_btl_vader_single_copy_mechanism", "none")])
-            .output()
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
             .expect("mpirun is needed: apt-get install openmpi-bin libopenmpi-dev libclang-dev");
-        let text = String::from_utf8_lossy(&out.stdout);
-        let good = text.matches("scene is good").count();
-        // Whoever fails a group leaves MPI without its blessing: only the words count.
-        let ended = out.status.success() || scene != "conform";
-        assert!(
-            good == n && ended,
-            "{scene} on {n}: {good} good, {}\n{text}\n{}",
-            out.status,
-            String::from_utf8_lossy(&out.stderr)
-        );
+        let lines = BufReader::new(job.stdout.take().expect("it is piped")).lines();
+        let (said, heard) = mpsc::channel();
+        std::thread::spawn(move || lines.map_while(Result::ok).try_for_each(|l| said.send(l)));
+        let deadline = Instant::now() + Duration::from_secs(180);
+        let (mut good, mut text) = (0, String::new());
+        // Until all output is there. Whoever fails a group leaves MPI without its blessing, and
+        // Open MPI's mpirun may then wait for ever for processes that are gone: in those scenes
+        // the words count, and mpirun is ended.
+        while scene == "conform" || good < n {
+            match heard.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => {
+                    good += usize::from(line.contains("scene is good"));
+                    text += &line;
+                    text.push('\n');
+                }
+                Err(_) => break,
+            }
+        }
+        let ended = match scene {
+            "conform" if Instant::now() < deadline => job.wait().is_ok_and(|s| s.success()),
+            _ => {
+                std::thread::sleep(Duration::from_secs(1));
+                // It may have ended by itself.
+                let _ = job.kill();
+                job.wait().is_ok() && scene != "conform"
+            }
+        };
+        assert!(good == n && ended, "{scene} on {n}: {good} good in time\n{text}");
         println!("{scene} on {n} processes ... ok");
     }
 }
