@@ -27,8 +27,8 @@ fn close(what: &str, ours: &[f32], theirs: &[f32]) {
 }
 
 /// A small policy must learn to repeat the first word of its prompt: the reward is the share of its
-/// eight words that do, 0.06 by chance. The reference implementation reaches 0.84 to 0.98 in 100
-/// iterations of 128 answers.
+/// eight words that do, 0.06 by chance. The same loop in PyTorch reached 0.84 to 0.98 in 100 iterations
+/// of 128 answers, over three seeds.
 #[test]
 fn ppo_learns_what_is_rewarded() {
     let shape = LlamaConfig { intermediate_size: 128, ..LlamaConfig::sized(16, 64, 2, 4) };
@@ -72,9 +72,10 @@ fn ppo_learns_what_is_rewarded() {
     assert!(first < 0.15 && best >= 0.85 && end > 0.75, "from {first} to {end}, at best {best}");
 }
 
-/// TRL's `compute_rewards`, `compute_advantages` and `loss` (xtask/goldens/ppo.py).
+/// TRL's `compute_rewards`, `compute_advantages` and `loss`; for the reward model, its formula under
+/// torch's autograd (xtask/goldens/ppo.py).
 #[test]
-fn ppo_and_the_reward_model_compute_what_trl_computes() {
+fn ppo_computes_what_trl_computes_and_the_reward_model_what_torch_does() {
     let golden = golden("ppo.safetensors");
     let all = |name: &str| golden.get(name).unwrap().to_vec().unwrap();
     let lengths = golden.get("lengths").unwrap().to_ints().unwrap();

@@ -1,4 +1,4 @@
-"""Goldens of PPO's and the reward model's arithmetic, computed by TRL's own functions.
+"""Goldens of PPO's arithmetic, computed by TRL's own functions, and of the reward model's loss.
 
     pip install --no-deps --target trl trl==0.11.4     # the last line with PPOTrainer.loss
     pip install torch==2.15.0 safetensors==0.8.0
@@ -66,7 +66,7 @@ vf.backward()
 
 chosen = torch.randn(6, requires_grad=True)
 rejected = torch.randn(6, requires_grad=True)
-# reward_trainer.py, compute_loss: with a margin, and with centring.
+# The formula of reward models (TRL's reward_trainer has it inside a method), with margin and centring.
 pair = -F.logsigmoid(chosen - rejected - 0.2).mean() + 0.01 * torch.mean((chosen + rejected) ** 2)
 pair.backward()
 

@@ -184,8 +184,8 @@ pub fn rlhf(config: &RlhfConfig) -> Result<Outcome> {
     let data = read(config)?;
     for stage in ["sft", "reward", "ppo"] {
         let folder = config.output_dir.join(stage);
-        if !resumed && folder.exists() {
-            std::fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        if !resumed {
+            begin(config, &folder)?;
         }
         data.tokenizer.save(&folder)?;
     }
@@ -195,13 +195,36 @@ pub fn rlhf(config: &RlhfConfig) -> Result<Outcome> {
     }
     write_atomic(&resolved_path, resolved.as_bytes())?;
     let results = on_ranks(config.plan.ranks(), |world| on_rank(config, &data, resumed, &world));
-    // The first failure is the cause; the others waited for its rank.
     let mut first = None;
     for (rank, result) in results.into_iter().enumerate() {
         let outcome = result.with_context(|| format!("rank {rank}"))?;
         first.get_or_insert(outcome);
     }
     first.ok_or_else(|| anyhow!("the plan has no rank"))
+}
+
+/// Makes way for a new run's stage: what an earlier run wrote there no longer counts as done.
+///
+/// # Errors
+/// When the folder is no earlier run's, or the run starts from the model in it.
+fn begin(config: &RlhfConfig, folder: &Path) -> Result<()> {
+    let shown = folder.display();
+    let inside = config.model.as_ref().and_then(|m| m.canonicalize().ok());
+    if let (Some(model), Ok(folder)) = (inside, folder.canonicalize())
+        && model.starts_with(folder)
+    {
+        bail!(
+            "{shown}: the run starts from this model and would overwrite it; choose another output_dir"
+        );
+    }
+    if folder.exists() && !config.output_dir.join("config.resolved.toml").exists() {
+        bail!("{shown}: is there, and no run of rlhf wrote it; choose another output_dir");
+    }
+    let done = folder.join("config.json");
+    if done.exists() {
+        std::fs::remove_file(&done).with_context(|| done.display().to_string())?;
+    }
+    Ok(())
 }
 
 fn read(config: &RlhfConfig) -> Result<Data> {
@@ -416,6 +439,14 @@ mod tests {
         };
         let second = rlhf(&other).unwrap();
         assert_eq!(second.answers.len(), whole.answers.len());
+        // What is not ours to overwrite stays.
+        let onto = RlhfConfig { output_dir: dir.path().join("out"), ..other.clone() };
+        let e = format!("{:#}", rlhf(&onto).unwrap_err());
+        assert!(e.contains("starts from this model"), "{e}");
+        let theirs = dir.path().join("theirs");
+        std::fs::create_dir_all(theirs.join("sft")).unwrap();
+        let e = rlhf(&RlhfConfig { output_dir: theirs, ..other.clone() }).unwrap_err();
+        assert!(format!("{e:#}").contains("no run of rlhf wrote it"), "{e:#}");
         let long = RlhfConfig { max_length: 300, ..other };
         let e = format!("{:#}", rlhf(&long).unwrap_err());
         assert!(e.contains("beyond the model's 256"), "{e}");

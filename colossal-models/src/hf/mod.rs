@@ -368,8 +368,12 @@ fn write_weights(
 ) -> Result<()> {
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
     let total: usize = tensors.values().map(|t| t.bytes.len()).sum();
+    // An older file of the other form would be read in its place.
+    let (single, index_path) =
+        (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
     if total <= shard_bytes {
-        return save_safetensors(&folder.join("model.safetensors"), &tensors, &metadata);
+        save_safetensors(&single, &tensors, &metadata)?;
+        return forget(&index_path);
     }
     let mut shards: Vec<BTreeMap<String, Owned>> = vec![BTreeMap::new()];
     let mut size = 0;
@@ -391,7 +395,17 @@ fn write_weights(
     }
     let index = json!({"metadata": {"total_size": total}, "weight_map": map});
     let index = serde_json::to_vec_pretty(&index).map_err(|e| Error::Other(e.to_string()))?;
-    write_atomic(&folder.join("model.safetensors.index.json"), &index)
+    write_atomic(&index_path, &index)?;
+    forget(&single)
+}
+
+fn forget(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::File { path: path.display().to_string(), reason: e.to_string() })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The weight files of a folder.
