@@ -1,5 +1,6 @@
 //! What an engine must do: move bytes between ranks as a call says, or fail within the time-out.
 
+use std::ffi::c_void;
 use std::panic::Location;
 use std::sync::Arc;
 
@@ -106,6 +107,35 @@ pub(crate) trait Engine: Send + Sync + std::fmt::Debug {
 
     /// This rank will call nothing any more.
     fn leave(&self);
+
+    /// The same verbs on device buffers, where the ranks have devices.
+    fn on_device(&self) -> Option<&dyn OnDevice> {
+        None
+    }
+}
+
+/// What an engine whose ranks have devices must do. Nothing here waits for other ranks, except
+/// [`OnDevice::wait`].
+pub(crate) trait OnDevice: Send + Sync {
+    /// Puts a collective on a stream.
+    ///
+    /// # Safety
+    /// `io` holds device addresses of the buffers that `call` describes, valid until the stream
+    /// has passed it; `stream` is one of this rank's device.
+    unsafe fn enqueue(&self, call: &Call, io: Io<'_>, stream: *mut c_void) -> Result<()>;
+
+    /// Puts messages on a stream, which may wait for each other.
+    ///
+    /// # Safety
+    /// As of [`OnDevice::enqueue`], for each address.
+    unsafe fn exchange(
+        &self,
+        messages: &[(Way, Call, usize, *mut u8)],
+        stream: *mut c_void,
+    ) -> Result<()>;
+
+    /// Waits until all that is on the stream has ended.
+    fn wait(&self, stream: *mut c_void, site: &'static Location<'static>) -> Result<()>;
 }
 
 /// A group of one: copies.

@@ -101,6 +101,24 @@ impl Group {
     }
 }
 
+/// Where rank 0 hands out what ranks need to find each other. `torchrun`'s agent may hold
+/// `MASTER_PORT` itself, so ours is the one after it.
+pub(crate) fn store_address() -> Result<String> {
+    let get = |name: &str| std::env::var(name).ok();
+    if let Some(address) = get("COLOSSAL_STORE") {
+        return Ok(address);
+    }
+    let (host, port) = (get("MASTER_ADDR"), get("MASTER_PORT"));
+    let port = port.and_then(|p| p.trim().parse::<u16>().ok()?.checked_add(1));
+    match (host, port) {
+        (Some(host), Some(port)) => Ok(format!("{host}:{port}")),
+        _ => Err(Error::Argument {
+            op: "from_env",
+            reason: "nothing says where rank 0 is: set COLOSSAL_STORE=host:port, or MASTER_ADDR and MASTER_PORT as torchrun does".into(),
+        }),
+    }
+}
+
 /// Runs `f` on `n` ranks: on threads of this process, as [`on_ranks`], or, when a launcher started
 /// `n` processes, as the one rank that this process is, whose result is then the only one.
 ///

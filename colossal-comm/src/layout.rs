@@ -170,6 +170,19 @@ impl Layout<'_> {
     }
 }
 
+/// Ragged all-to-alls: each rank posts two rows, what it sends to each and what it expects of each.
+/// The first pair that differs: from, to, what is sent, what is expected. `posted` reads word `i`
+/// of a rank's rows.
+pub(crate) fn unequal_parts(
+    ranks: usize,
+    posted: impl Fn(usize, usize) -> u64,
+) -> Option<(usize, usize, u64, u64)> {
+    (0..ranks).flat_map(|from| (0..ranks).map(move |to| (from, to))).find_map(|(from, to)| {
+        let (sends, expects) = (posted(from, to), posted(to, ranks + from));
+        (sends != expects).then_some((from, to, sends, expects))
+    })
+}
+
 /// Where slice `r` of `n` of a reduction of `len` elements begins.
 pub(crate) fn slice(len: usize, r: usize, n: usize) -> usize {
     if r == n { len } else { len * r / n / LINE * LINE }

@@ -114,7 +114,7 @@ impl Group {
         })
     }
 
-    fn message_call<T: Element>(
+    pub(crate) fn message_call<T: Element>(
         &self,
         way: Way,
         len: usize,

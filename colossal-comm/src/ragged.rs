@@ -172,7 +172,7 @@ impl Group {
     }
 
     #[track_caller]
-    fn all_gather_v_call<T: Element>(
+    pub(crate) fn all_gather_v_call<T: Element>(
         &self,
         input: usize,
         output: usize,
@@ -187,7 +187,7 @@ impl Group {
     }
 
     #[track_caller]
-    fn reduce_scatter_v_call<T: Element>(
+    pub(crate) fn reduce_scatter_v_call<T: Element>(
         &self,
         input: usize,
         output: usize,
@@ -204,7 +204,7 @@ impl Group {
     }
 
     #[track_caller]
-    fn all_to_all_v_call<T: Element>(
+    pub(crate) fn all_to_all_v_call<T: Element>(
         &self,
         input: usize,
         send: &[usize],

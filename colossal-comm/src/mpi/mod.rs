@@ -19,7 +19,6 @@ use std::panic::Location;
 use std::sync::Arc;
 use std::time::Instant;
 
-use bytemuck::{Pod, Zeroable};
 use parking_lot::Mutex;
 use serde_json::Value;
 
@@ -28,7 +27,8 @@ use crate::element::DType;
 use crate::engine::{Engine, Engines, Io, Parts, Ticket, Way};
 use crate::error::{Error, Result};
 use crate::group::Config;
-use crate::layout::{Layout, payload, slice};
+use crate::header::{HEADER, Header};
+use crate::layout::{self, Layout, payload, slice};
 use crate::recorder::Recorder;
 use ffi::{Comm, Cuts, Request, poll};
 
@@ -46,53 +46,9 @@ const SHIFTS: i32 = 2;
 const MESSAGES: i32 = 16;
 const TAGS: u64 = 8192;
 
-/// What a rank tells the others before a collective.
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Header {
-    sequence: u64,
-    code: u64,
-    len: u64,
-    ragged: u64,
-    /// 0, or why the rank will call nothing any more.
-    leaving: u32,
-    line: u32,
-    /// The end of the path of the call's file.
-    file: [u8; 88],
-}
-
 const LEFT: u32 = 1;
 const PANICKED: u32 = 2;
 const FAILED: u32 = 3;
-const HEADER: usize = size_of::<Header>();
-
-impl Header {
-    fn new(call: &Call, sequence: u64) -> Header {
-        let mut file = [0u8; 88];
-        let path = call.site.file().as_bytes();
-        let tail = &path[path.len().saturating_sub(file.len())..];
-        file[..tail.len()].copy_from_slice(tail);
-        let (code, len, ragged) = (call.code(), call.len as u64, call.ragged);
-        Header { sequence, code, len, ragged, leaving: 0, line: call.site.line(), file }
-    }
-
-    fn same(&self, other: &Header) -> bool {
-        (self.code, self.len, self.ragged) == (other.code, other.len, other.ragged)
-    }
-
-    /// As `Call` shows itself, at the other process's site.
-    fn show(&self) -> String {
-        let here = Location::caller();
-        let Some(call) = Call::decode(self.code, self.len as usize, self.ragged, here) else {
-            return "something unknown".into();
-        };
-        let text = call.to_string();
-        let what = text.split(" at ").next().unwrap_or_default();
-        let end = self.file.iter().position(|b| *b == 0).unwrap_or(self.file.len());
-        format!("{what} at {}:{}", String::from_utf8_lossy(&self.file[..end]), self.line)
-    }
-}
-
 /// One rank's access to a group of processes.
 #[derive(Debug)]
 pub(crate) struct Mpi {
@@ -281,7 +237,7 @@ impl Mpi {
 
     /// Tells all ranks that this one will call nothing any more.
     fn goodbye(&self, why: u32, words: usize) {
-        let header = Header { leaving: why, ..Zeroable::zeroed() };
+        let header = Header::leaving(why);
         let mut packet = vec![0u64; words];
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut packet);
         bytes[..HEADER].copy_from_slice(bytemuck::bytes_of(&header));
@@ -433,21 +389,19 @@ impl Mpi {
             self.comm.all_to_all(from, &same, to, &cuts, 8)?
         };
         self.finish(call, vec![request])?;
-        for (from, to) in (0..n).flat_map(|a| (0..n).map(move |b| (a, b))) {
-            let (sends, expects) = (all[2 * n * from + to], all[2 * n * to + n + from]);
-            if sends != expects {
-                let of = |len: u64| Call { len: len as usize, ..*call }.to_string();
-                return self.fail(Error::Mismatch {
-                    group: self.recorder.name().into(),
-                    sequence,
-                    left_rank: from,
-                    left: of(sends),
-                    right_rank: to,
-                    right: of(expects),
-                });
-            }
-        }
-        Ok(())
+        let posted = |rank, i| all[2 * n * rank + i];
+        let Some((from, to, sends, expects)) = layout::unequal_parts(n, posted) else {
+            return Ok(());
+        };
+        let of = |len: u64| Call { len: len as usize, ..*call }.to_string();
+        self.fail(Error::Mismatch {
+            group: self.recorder.name().into(),
+            sequence,
+            left_rank: from,
+            left: of(sends),
+            right_rank: to,
+            right: of(expects),
+        })
     }
 
     /// Makes progress on a message; true when it has arrived.

@@ -271,16 +271,12 @@ impl Shared {
     /// Ragged all-to-alls: what each rank sends must be what its peer expects. The lengths were
     /// posted in the slots, two rows a rank.
     fn agree_on_parts(&self, call: &Call, sequence: u64) -> Result<()> {
-        for (from, to) in (0..self.ranks).flat_map(|a| (0..self.ranks).map(move |b| (a, b))) {
-            let sends = self.posted_len(sequence, from, to);
-            let expects = self.posted_len(sequence, to, self.ranks + from);
-            if sends != expects {
-                let of = |len| Call { len, ..*call };
-                let error = self.mismatch(sequence, (from, of(sends)), (to, of(expects)));
-                return self.fail(error, u64::MAX);
-            }
-        }
-        Ok(())
+        let posted = |rank, i| self.posted_len(sequence, rank, i) as u64;
+        let Some((from, to, sends, expects)) = layout::unequal_parts(self.ranks, posted) else {
+            return Ok(());
+        };
+        let of = |len| Call { len: len as usize, ..*call };
+        self.fail(self.mismatch(sequence, (from, of(sends)), (to, of(expects))), u64::MAX)
     }
 
     fn posted_len(&self, sequence: u64, rank: usize, index: usize) -> usize {

@@ -40,11 +40,11 @@ fn at(rank: usize, i: usize) -> i64 {
     ((rank * 5 + i * 7 + i / 64) % 13) as i64
 }
 
-fn row<T: Number>(rank: usize, range: std::ops::Range<usize>) -> Vec<T> {
+pub(crate) fn row<T: Number>(rank: usize, range: std::ops::Range<usize>) -> Vec<T> {
     range.map(|i| T::of(at(rank, i))).collect()
 }
 
-fn reduced<T: Number>(op: ReduceOp, ranks: usize, i: usize) -> f64 {
+pub(crate) fn reduced<T: Number>(op: ReduceOp, ranks: usize, i: usize) -> f64 {
     let all = (0..ranks).map(|r| at(r, i));
     let value = match op {
         ReduceOp::Sum => all.sum::<i64>() as f64,
@@ -66,7 +66,7 @@ fn round<T: Number>(value: f64) -> f64 {
     }
 }
 
-fn values<T: Number>(x: &[T]) -> Vec<f64> {
+pub(crate) fn values<T: Number>(x: &[T]) -> Vec<f64> {
     x.iter().map(|x| x.value()).collect()
 }
 
