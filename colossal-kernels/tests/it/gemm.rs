@@ -1,0 +1,139 @@
+//! Products against f64, all layouts, epilogues, strides and types.
+
+use colossal_kernels::*;
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+use crate::check::{activation, close, everywhere, noise, rounding, transposed, wide};
+
+const SHAPES: [[usize; 3]; 13] = [
+    [17, 40, 0],
+    [1, 1, 1],
+    [1, 37, 65],
+    [1, 200, 1500],
+    [3, 5, 7],
+    [7, 130, 64],
+    [14, 32, 64],
+    [15, 33, 17],
+    [49, 70, 33],
+    [65, 100, 2],
+    [100, 65, 1],
+    [60, 65, 1030],
+    [113, 259, 130],
+];
+
+fn products<T: Float, O: Float>(place: &str) {
+    for (seed, [m, n, k]) in SHAPES.into_iter().enumerate() {
+        let (a, b): (Vec<T>, Vec<T>) =
+            (noise(m * k, seed as u64 + 1), noise(k * n, seed as u64 + 50));
+        let (bias, before): (Vec<T>, Vec<O>) = (noise(n, 7), noise(m * n, 8));
+        let product = reference::gemm(m, n, k, &wide(&a), &wide(&b));
+        let (at, bt) = (transposed(&a, m, k), transposed(&b, k, n));
+        for layout in 0..4 {
+            let kinds = [
+                Activation::None,
+                Activation::Relu,
+                Activation::Silu,
+                Activation::Gelu,
+                Activation::GeluTanh,
+            ];
+            let kind = kinds[(seed + layout) % 5];
+            let a = if layout & 1 == 0 { Mat::new(&a, m, k) } else { Mat::new(&at, k, m).t() };
+            let b = if layout & 2 == 0 { Mat::new(&b, k, n) } else { Mat::new(&bt, n, k).t() };
+            let name = format!(
+                "gemm {} {} {m}x{n}x{k}, layout {layout}, {kind:?}, {place}",
+                T::NAME,
+                O::NAME
+            );
+            let tolerance = 1e-6 * (k as f64).sqrt() + 2e-6 + rounding::<O>();
+            let mut c = before.clone();
+            gemm(a, b, MatMut::new(&mut c, m, n), &Epilogue::default());
+            close(&name, &c, &product, tolerance);
+            let e = Epilogue { alpha: 0.5, accumulate: true, bias: Some(&bias), activation: kind };
+            let mut c = before.clone();
+            gemm(a, b, MatMut::new(&mut c, m, n), &e);
+            let want: Vec<f64> = product
+                .iter()
+                .enumerate()
+                .map(|(i, x)| {
+                    let x = 0.5 * x + f64::from(bias[i % n].to_f32());
+                    f64::from(before[i].to_f32()) + activation(kind, x)
+                })
+                .collect();
+            close(&name, &c, &want, 2.0 * tolerance);
+        }
+    }
+}
+
+#[test]
+fn products_of_all_layouts_and_epilogues() {
+    everywhere(|place| {
+        products::<f32, f32>(place);
+        products::<bf16, f32>(place);
+        products::<bf16, bf16>(place);
+        products::<f16, f32>(place);
+    });
+}
+
+#[test]
+fn batched_products_take_strides() {
+    everywhere(|place| {
+        let (batch, m, n, k) = (5, 6, 9, 20);
+        let (a, b): (Vec<f32>, Vec<f32>) = (noise(batch * m * k, 1), noise(k * n, 2));
+        let mut c = vec![0.0f32; batch * (m * n + 3)];
+        let out = MatMut::new(&mut c, m, n);
+        let (a_mat, b_mat) = (Mat::new(&a, m, k), Mat::new(&b, k, n));
+        gemm_batched(batch, a_mat, m * k, b_mat, 0, out, m * n + 3, &Epilogue::default());
+        for i in 0..batch {
+            let want = reference::gemm(m, n, k, &wide(&a[i * m * k..(i + 1) * m * k]), &wide(&b));
+            let at = i * (m * n + 3);
+            close(place, &c[at..at + m * n], &want, 1e-5);
+            assert_eq!(c[at + m * n..at + m * n + 3], [0.0; 3]);
+        }
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn products_of_any_strides(
+        m in 1usize..70, n in 1usize..80, k in 0usize..90, gap in 0usize..3, step in 1usize..3, layout in 0usize..8,
+    ) {
+        // A matrix with gaps between rows and between elements, maybe stored by columns.
+        let strides = |rows: usize, cols: usize, flip: bool| match flip {
+            false => (cols * step + gap, step),
+            true => (step, rows * step + gap),
+        };
+        let size = |rows: usize, cols: usize| (rows * step + gap + 1) * (cols * step + gap + 1);
+        let (a, b): (Vec<f32>, Vec<f32>) = (noise(size(m, k), 1), noise(size(k, n), 2));
+        let (ra, ca) = strides(m, k, layout & 1 != 0);
+        let (rb, cb) = strides(k, n, layout & 2 != 0);
+        let (rc, cc) = strides(m, n, layout & 4 != 0);
+        let mut c = vec![9.0f32; size(m, n)];
+        gemm(
+            Mat { data: &a, rows: m, cols: k, row_stride: ra, col_stride: ca },
+            Mat { data: &b, rows: k, cols: n, row_stride: rb, col_stride: cb },
+            MatMut { data: &mut c, rows: m, cols: n, row_stride: rc, col_stride: cc },
+            &Epilogue::default(),
+        );
+        let mut want = vec![9.0f64; size(m, n)];
+        for i in 0..m {
+            for j in 0..n {
+                want[i * rc + j * cc] = (0..k)
+                    .map(|l| f64::from(a[i * ra + l * ca]) * f64::from(b[l * rb + j * cb]))
+                    .sum();
+            }
+        }
+        close("gemm of any strides", &c, &want, 1e-5);
+    }
+}
+
+#[test]
+#[should_panic(expected = "elements of c overlap")]
+fn a_product_into_overlapping_rows_is_refused() {
+    let x = [1.0f32; 4];
+    let mut c = [0.0f32; 4];
+    let c = MatMut { data: &mut c, rows: 2, cols: 2, row_stride: 1, col_stride: 1 };
+    gemm(Mat::new(&x, 2, 2), Mat::new(&x, 2, 2), c, &Epilogue::default());
+}
