@@ -1,9 +1,11 @@
 //! Optimizers that scale a parameter's update to the parameter: LAMB and LARS, for large batches.
 //!
-//! The parameter is one whole tensor: the ratio of its norm to its update's norm multiplies the
-//! learning rate. Two passes over memory, one for the norms and one for the update.
+//! The ratio of a parameter's norm to its update's norm multiplies the learning rate. Two passes
+//! over memory, one for the norms and one for the update. Norms are those of the whole parameter:
+//! a rank that holds a part of it sums their squares over the others by `sum`.
 
 use crate::elementwise::check;
+use crate::factored::Sum;
 use crate::isa::simd;
 use crate::profile;
 use crate::threads::{Parts, parallel_for};
@@ -39,7 +41,11 @@ pub struct Lars {
 }
 
 /// Runs `f(range)`, which returns two sums of squares, over fixed runs; the sums in order.
-fn norms(len: usize, f: impl Fn(std::ops::Range<usize>) -> [f64; 2] + Sync) -> [f64; 2] {
+fn norms(
+    len: usize,
+    sum: Sum<'_>,
+    f: impl Fn(std::ops::Range<usize>) -> [f64; 2] + Sync,
+) -> [f64; 2] {
     const RUN: usize = 4096;
     let mut sums = vec![[0.0f64; 2]; len.div_ceil(RUN)];
     let parts = Parts::new(&mut sums);
@@ -50,12 +56,14 @@ fn norms(len: usize, f: impl Fn(std::ops::Range<usize>) -> [f64; 2] + Sync) -> [
             unsafe { parts.range(i..i + 1) }.fill(sums);
         }
     });
-    let total = sums.iter().fold([0.0; 2], |t, s| [t[0] + s[0], t[1] + s[1]]);
+    let mut total = sums.iter().fold([0.0; 2], |t, s| [t[0] + s[0], t[1] + s[1]]);
+    sum(&mut total);
     total.map(f64::sqrt)
 }
 
 impl Lamb {
-    /// Step `t` (from 1) of one parameter, its gradient multiplied by `grad_scale`.
+    /// Step `t` (from 1) of one parameter, its gradient multiplied by `grad_scale`. A caller that
+    /// holds it whole gives `&mut |_| {}` as `sum`.
     pub fn step(
         &self,
         t: u32,
@@ -64,6 +72,7 @@ impl Lamb {
         m: &mut [f32],
         v: &mut [f32],
         grad_scale: f32,
+        sum: Sum<'_>,
     ) {
         let _span = profile::moves::<f32>("lamb", params.len(), 10);
         for len in [grads.len(), m.len(), v.len()] {
@@ -102,7 +111,7 @@ impl Lamb {
         } }
         let (mp, vp) = (Parts::new(m), Parts::new(v));
         let values = &*params;
-        let [size, step] = norms(values.len(), |r| {
+        let [size, step] = norms(values.len(), sum, |r| {
             // SAFETY: runs are disjoint.
             let (m, v) = unsafe { (mp.range(r.clone()), vp.range(r.clone())) };
             moments(&values[r.clone()], &grads[r], m, v, &f)
@@ -119,8 +128,15 @@ impl Lamb {
 
 impl Lars {
     /// One step of one parameter, its gradient multiplied by `grad_scale`:
-    /// `m = momentum m + ratio (g + weight_decay p)`, `p -= lr m`.
-    pub fn step(&self, params: &mut [f32], grads: &[f32], m: &mut [f32], grad_scale: f32) {
+    /// `m = momentum m + ratio (g + weight_decay p)`, `p -= lr m`; `sum` as in [`Lamb::step`].
+    pub fn step(
+        &self,
+        params: &mut [f32],
+        grads: &[f32],
+        m: &mut [f32],
+        grad_scale: f32,
+        sum: Sum<'_>,
+    ) {
         let _span = profile::moves::<f32>("lars", params.len(), 7);
         check("lars", params.len(), grads.len());
         check("lars", params.len(), m.len());
@@ -142,7 +158,7 @@ impl Lars {
         } }
         let values = &*params;
         let [size, step] =
-            norms(values.len(), |r| squares(&values[r.clone()], &grads[r], grad_scale));
+            norms(values.len(), sum, |r| squares(&values[r.clone()], &grads[r], grad_scale));
         let below = step + f64::from(self.weight_decay) * size + f64::from(self.eps);
         let ratio =
             if size > 0.0 && step > 0.0 { f64::from(self.trust) * size / below } else { 1.0 };
