@@ -45,7 +45,8 @@ enum Command {
     /// Train a model; started again, it goes on from its newest checkpoint.
     ///
     /// The TOML file names `model`, `data` and, if wanted, `output_dir`, `steps`, `batch`,
-    /// `max_length`, `lr`, `save_every`, a `[plan]` (dp, tp, zero, precision, ...) and more: an
+    /// `max_length`, `optimizer` (adamw, lion, lamb, lars, adafactor, came), `lr`, `save_every`, a
+    /// `[plan]` (dp, tp, zero, precision, ...) and more: an
     /// unknown field is answered with the list of all.
     #[command(after_help = "Any field of the TOML file is a flag too: --steps 50 --lr 1e-4 \
                             --plan.precision bf16.\nOUTPUT/config.resolved.toml shows all of them.")]
@@ -85,6 +86,9 @@ enum Command {
         /// What the model is told before the first turn.
         #[arg(long)]
         system: Option<String>,
+        /// How numbers are held: less is faster and coarser.
+        #[arg(long, value_enum, default_value_t = Weights::F32)]
+        dtype: Weights,
         /// 0 takes the likeliest token each time.
         #[arg(long, default_value_t = 0.7)]
         temperature: f32,
@@ -155,6 +159,16 @@ impl Fields {
         }
         Ok(given)
     }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Weights {
+    /// As exact as the file.
+    F32,
+    /// Half of it.
+    Bf16,
+    /// Linear layers in int8, the rest in bf16: a quarter of it.
+    Int8,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -236,6 +250,7 @@ fn run(cli: &Cli, ranks: Option<usize>) -> ExitCode {
             model,
             prompt,
             system,
+            dtype,
             temperature,
             top_k,
             top_p,
@@ -250,7 +265,7 @@ fn run(cli: &Cli, ranks: Option<usize>) -> ExitCode {
                 seed: *seed,
                 ..Sampling::default()
             };
-            talk(model, prompt.as_deref(), system.as_deref(), sampling)
+            talk(model, *dtype, prompt.as_deref(), system.as_deref(), sampling)
         }
         Command::Plan(command) => plan::run(command).map(|text| print!("{text}")),
         Command::Model(ModelCommand::Info { dir }) => model::info(dir).map(|text| print!("{text}")),
@@ -333,11 +348,19 @@ fn run_training(task: TaskName, fields: &Fields, ranks: Option<usize>) -> anyhow
 
 fn talk(
     model: &Path,
+    weights: Weights,
     prompt: Option<&str>,
     system: Option<&str>,
     sampling: Sampling,
 ) -> anyhow::Result<()> {
-    let mut chat = Chat::open(model, Dtype::F32, system, sampling)?;
+    let dtype = match weights {
+        Weights::F32 => Dtype::F32,
+        Weights::Bf16 | Weights::Int8 => Dtype::Bf16,
+    };
+    let mut chat = Chat::open(model, dtype, system, sampling)?;
+    if matches!(weights, Weights::Int8) {
+        chat = chat.quantize_int8()?;
+    }
     let mut out = std::io::stdout();
     match prompt {
         Some(prompt) => {

@@ -14,17 +14,19 @@ pub struct Floor {
     pub bf16_flops: f64,
     /// Bytes per second that a triad `a = b + s c` over memory reads and writes.
     pub bytes: f64,
+    /// Bytes per second at which memory is only read: what decoding does with weights.
+    pub read: f64,
 }
 
 impl Floor {
-    /// Measures all three: about 50 ms.
+    /// Measures all four: about 70 ms.
     pub fn measure() -> Floor {
         let f32_flops = best(|| products(false));
         let bf16_flops = match isa() {
             Isa::Avx512Bf16 => best(|| products(true)),
             _ => f32_flops,
         };
-        Floor { f32_flops, bf16_flops, bytes: triad() }
+        Floor { f32_flops, bf16_flops, bytes: triad(), read: read() }
     }
 }
 
@@ -122,6 +124,30 @@ mod x86 {
         acc.iter().for_each(|a| unsafe { _mm256_storeu_ps(out.as_mut_ptr(), *a) });
         out.iter().sum()
     }
+}
+
+/// Bytes per second of a sum over 64 MiB.
+fn read() -> f64 {
+    crate::isa::simd! { fn piece(x: &[f32]) -> f32 {
+        let mut lanes = [[0.0f32; 16]; 8];
+        for x in x.as_chunks::<128>().0 {
+            for (lanes, x) in lanes.iter_mut().zip(x.as_chunks::<16>().0) {
+                lanes.iter_mut().zip(x).for_each(|(l, x)| *l += x);
+            }
+        }
+        lanes.as_flattened().iter().sum()
+    } }
+    const N: usize = 16 << 20;
+    let x = vec![1.0f32; N];
+    let mut top = 0.0f64;
+    for _ in 0..4 {
+        let start = Instant::now();
+        parallel_for(N, 1 << 20, |range| {
+            std::hint::black_box(piece(&x[range]));
+        });
+        top = top.max(4.0 * N as f64 / start.elapsed().as_secs_f64());
+    }
+    top
 }
 
 /// Bytes per second of `a = b + s c` over 3 x 32 MiB.

@@ -306,7 +306,8 @@ mod tests {
         assert_eq!(own[0].dims, [4, 37, 37]);
         assert_eq!(own[0].work.flops, 2 * 2 * 4 * 8 * (37 * 38 / 2));
         assert!(own[0].took <= own[1].took && own[1].start <= own[0].start);
-        let table = profile.table(&Floor { f32_flops: 1e9, bf16_flops: 2e9, bytes: 1e9 });
+        let table =
+            profile.table(&Floor { f32_flops: 1e9, bf16_flops: 2e9, bytes: 1e9, read: 1e9 });
         assert!(table.contains("attention f32 4x37x37"), "{table}");
     }
 }

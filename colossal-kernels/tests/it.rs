@@ -13,6 +13,8 @@ mod elementwise;
 mod embedding;
 #[path = "it/gemm.rs"]
 mod gemm;
+#[path = "it/int8.rs"]
+mod int8;
 #[path = "it/norm.rs"]
 mod norm;
 #[path = "it/optimizers.rs"]

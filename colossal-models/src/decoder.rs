@@ -229,6 +229,18 @@ impl CausalLm {
         self.params.all().iter().map(|p| p.global_shape().iter().product::<usize>()).sum()
     }
 
+    /// Rounds the matrices of all linear layers to int8, for inference: a quarter of f32's memory,
+    /// and as much less to read for each token. Embeddings, norms, routers and stacked experts
+    /// stay. Rows of activations are rounded as they come; logits are off by one to two hundredths
+    /// of their spread.
+    ///
+    /// # Errors
+    /// When a parameter cannot be read.
+    pub fn quantize_int8(self) -> Result<CausalLm> {
+        self.params.all().iter().try_for_each(|p| p.quantize_int8())?;
+        Ok(self.freeze())
+    }
+
     /// Freezes every parameter: no gradients.
     pub fn freeze(self) -> CausalLm {
         self.params.all().iter().for_each(|p| p.set_trainable(false));

@@ -6,8 +6,12 @@ mod checkpoints;
 mod gguf;
 #[path = "it/goldens.rs"]
 mod goldens;
+#[path = "it/int8.rs"]
+mod int8;
 #[path = "it/memory.rs"]
 mod memory;
+#[path = "it/optimizers.rs"]
+mod optimizers;
 #[path = "it/parsers.rs"]
 mod parsers;
 #[path = "it/plans.rs"]

@@ -6,9 +6,10 @@
 //! keep the handle and borrow again.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use colossal_kernels::Int8Matrix;
 use parking_lot::{Mutex, RwLock};
 
 use crate::dtype::{Dtype, Element, float};
@@ -35,6 +36,11 @@ pub struct Param {
     init: Init,
     trainable: AtomicBool,
     payload: RwLock<(Arc<dyn Store>, Range<usize>)>,
+    /// Does a linear layer multiply by it?
+    factor: AtomicBool,
+    /// Is it read otherwise too, as a tied table is?
+    shared: AtomicBool,
+    int8: OnceLock<Int8Matrix>,
 }
 
 impl Param {
@@ -135,6 +141,45 @@ impl Param {
         store
             .update(bytes, &mut write)
             .map_err(|reason| Error::Param { name: self.name.clone(), reason })
+    }
+
+    /// Says that a layer multiplies by it; `alone`: that nothing else reads its values.
+    pub(crate) fn used_as_factor(&self, alone: bool) {
+        self.factor.store(true, Ordering::Relaxed);
+        if !alone {
+            self.shared.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Rounds the matrix of a linear layer to int8 and frees its values; those of a tied table
+    /// stay. Does nothing to other parameters (routers and scores, whose output is
+    /// [`Dim::Other`], among them), nor a second time. Only inference can follow.
+    ///
+    /// # Errors
+    /// [`Error::Param`] when the values cannot be read.
+    pub fn quantize_int8(&self) -> Result<()> {
+        let [n, k] = self.shape[..] else { return Ok(()) };
+        let small = matches!(self.dims[0], Dim::Other(_));
+        if small || !self.factor.load(Ordering::Relaxed) || self.int8.get().is_some() {
+            return Ok(());
+        }
+        let lease = self.lease()?;
+        let matrix = float!("quantize_int8", self.dtype, T => {
+            Ok(Int8Matrix::quantize(bytemuck::cast_slice::<u8, T>(lease.bytes()), n, k))
+        })?;
+        drop(lease);
+        self.set_trainable(false);
+        // Two who come at once have rounded the same.
+        let _ = self.int8.set(matrix);
+        if !self.shared.load(Ordering::Relaxed) {
+            self.rebind(Arc::new(Rounded), 0..self.len() * self.dtype.bytes());
+        }
+        Ok(())
+    }
+
+    /// The matrix in int8, if it was rounded.
+    pub fn int8(&self) -> Option<&Int8Matrix> {
+        self.int8.get()
     }
 
     /// The local part in f32.
@@ -300,6 +345,23 @@ impl Store for Flat {
     }
 }
 
+/// Where a matrix was that is now held in int8.
+#[derive(Debug)]
+struct Rounded;
+
+const ROUNDED: &str = "is held in int8, for products in inference only; load the model without \
+                       rounding it to train, save or shard it";
+
+impl Store for Rounded {
+    fn lease(self: Arc<Self>, _: Range<usize>) -> Result<Lease, String> {
+        Err(ROUNDED.into())
+    }
+
+    fn update(&self, _: Range<usize>, _: &mut dyn FnMut(&mut [u8])) -> Result<(), String> {
+        Err(ROUNDED.into())
+    }
+}
+
 /// How a parameter starts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Init {
@@ -399,6 +461,9 @@ impl Params {
             init,
             trainable: AtomicBool::new(true),
             payload: RwLock::new((flat, 0..len * self.dtype.bytes())),
+            factor: AtomicBool::new(false),
+            shared: AtomicBool::new(false),
+            int8: OnceLock::new(),
         });
         if self.drawn && !self.scope.is_fake() {
             param.draw(self.seed)?;

@@ -440,6 +440,14 @@ impl Tensor {
         !matches!(self.0.edge, Edge::None)
     }
 
+    /// The parameter that this is, whole.
+    pub(crate) fn param(&self) -> Option<&Arc<Param>> {
+        match &self.0.data {
+            Data::Param(param, 0) if param.len() == self.len() => Some(param),
+            _ => None,
+        }
+    }
+
     /// The same values, cut off from the graph.
     pub fn detach(&self) -> Tensor {
         if self.requires_grad() {

@@ -37,6 +37,11 @@ impl Chat {
         Ok(Chat { model, tokenizer, sampling, said })
     }
 
+    /// The same with linear layers in int8.
+    pub fn quantize_int8(self) -> Result<Chat> {
+        Ok(Chat { model: self.model.quantize_int8()?, ..self })
+    }
+
     /// Answers, writing the words to `out` as they are chosen. The oldest turns are forgotten
     /// when the conversation fills the model's positions.
     pub fn answer(&mut self, text: &str, out: &mut impl Write) -> Result<String> {

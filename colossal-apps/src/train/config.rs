@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use colossal_comm::Group;
-use colossal_models::train::{AdamW, Decay, LrSchedule, Plan, Trainer};
+use colossal_models::train::{Decay, LrSchedule, Optimizer, Plan, Rule, Trainer};
 use colossal_models::{Head, hf};
 use serde::{Deserialize, Serialize};
 
@@ -43,6 +43,10 @@ pub struct TrainConfig {
     /// Longest sequence in tokens; longer conversations are left out.
     #[serde(default = "max_length")]
     pub max_length: usize,
+    /// `adamw`, `lion`, `lamb`, `lars`, `adafactor` or `came`, with its published constants. Their
+    /// learning rates are not alike: Lion takes a third to a tenth of AdamW's, LARS hundreds of it.
+    #[serde(default)]
+    pub optimizer: OptimizerName,
     /// Peak learning rate.
     #[serde(default = "lr")]
     pub lr: f32,
@@ -75,6 +79,38 @@ pub struct TrainConfig {
     pub ppo: PpoConfig,
 }
 
+/// An optimizer, by name.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerName {
+    /// Two moments an element.
+    #[default]
+    AdamW,
+    /// The sign of a momentum: half the state.
+    Lion,
+    /// Adam scaled to each parameter's norm, for large batches.
+    Lamb,
+    /// Momentum scaled to each parameter's norm, for large batches.
+    Lars,
+    /// Second moments by row and column: next to no state.
+    Adafactor,
+    /// Adafactor with a momentum: half the state.
+    Came,
+}
+
+impl OptimizerName {
+    fn rule(self) -> Rule {
+        match self {
+            OptimizerName::AdamW => Rule::ADAMW,
+            OptimizerName::Lion => Rule::LION,
+            OptimizerName::Lamb => Rule::LAMB,
+            OptimizerName::Lars => Rule::LARS,
+            OptimizerName::Adafactor => Rule::ADAFACTOR,
+            OptimizerName::Came => Rule::CAME,
+        }
+    }
+}
+
 fn output_dir() -> PathBuf {
     "runs/train".into()
 }
@@ -104,8 +140,9 @@ fn clip() -> f32 {
 }
 
 impl TrainConfig {
-    pub(super) fn optimizer(&self) -> AdamW {
-        AdamW {
+    pub(super) fn optimizer(&self) -> Optimizer {
+        Optimizer {
+            rule: self.optimizer.rule(),
             lr: LrSchedule {
                 peak: self.lr,
                 warmup: self.warmup,
@@ -115,7 +152,6 @@ impl TrainConfig {
             },
             weight_decay: self.weight_decay,
             clip: self.clip,
-            ..AdamW::default()
         }
     }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use colossal_comm::{Group, launched};
 use colossal_models::train::{
-    AdamW, Batch, LrSchedule, Sequences, Trainer, load_checkpoint, save_checkpoint,
+    Batch, LrSchedule, Optimizer, Sequences, Trainer, load_checkpoint, save_checkpoint,
 };
 use colossal_models::{Head, hf};
 use colossal_tensor::safetensors::write_atomic;
@@ -24,7 +24,7 @@ use crate::tokenizer::ChatTokenizer;
 
 mod config;
 
-pub use config::TrainConfig;
+pub use config::{OptimizerName, TrainConfig};
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -278,7 +278,7 @@ fn align(
     if reward.config.vocab_size() != actor.model.config.vocab_size() {
         bail!("{}: has another vocabulary than the model", judge.display());
     }
-    let constant = AdamW { lr: LrSchedule::constant(config.lr), ..config.optimizer() };
+    let constant = Optimizer { lr: LrSchedule::constant(config.lr), ..config.optimizer() };
     actor.optimizer = constant;
     let mut critic = Trainer::from_pretrained(world, plan, judge, None, constant, config.seed)?;
     let reference = hf::load(&config.model, &scope, dtype, None)?.freeze();
@@ -415,6 +415,23 @@ mod tests {
         assert_eq!(read(whole.path()), read(cut.path()));
         let again = losses(cut.path());
         assert_eq!((again.len(), &again[20..]), (30, &all[10..]));
+    }
+
+    #[test]
+    fn optimizers_are_chosen_by_name() {
+        let optimizers = ["adamw", "lion", "lamb", "lars", "adafactor", "came"];
+        for name in optimizers {
+            let c = config(Path::new("/tmp"), &format!("optimizer = '{name}'"));
+            assert_eq!(c.optimizer().rule.name(), name);
+        }
+        let text = "model = ''\ndata = []\noptimizer = 'adam'";
+        let e = toml::from_str::<TrainConfig>(text).unwrap_err().to_string();
+        assert!(optimizers.iter().all(|name| e.contains(name)), "{e}");
+        let dir = folder();
+        let run = format!("optimizer = 'adafactor'\n{RUN}");
+        train(Task::Pretrain, &config(dir.path(), &run)).unwrap();
+        let all = losses(dir.path());
+        assert!(all[19] < 0.5 * all[0], "{all:?}");
     }
 
     #[test]

@@ -3,8 +3,9 @@
 //! ```text
 //! checkpoint-40/
 //!   config.json, model.safetensors     what transformers loads
-//!   optimizer.safetensors              m.NAME, v.NAME, master.NAME of each parameter, whole
-//!   trainer_state.json                 step, seed, plan
+//!   optimizer.safetensors              m.NAME, v.NAME, master.NAME of each parameter, whole, as far
+//!                                      as the optimizer has them; its statistics of rows and columns
+//!   trainer_state.json                 step, seed, optimizer, plan
 //! ```
 //! Nothing in it depends on the plan: it is read under any other, each rank its own parts.
 //! Everything is written under a temporary name that becomes the folder's by one rename.
@@ -18,7 +19,8 @@ use colossal_tensor::storage::Buffer;
 use colossal_tensor::{Dtype, Error, Param, Placement, Result, Tensor, no_grad};
 use serde::{Deserialize, Serialize};
 
-use super::trainer::{Slot, State};
+use super::optimizer::State;
+use super::trainer::Slot;
 use super::{Plan, Trainer};
 
 /// Shards larger than this are split, as transformers does.
@@ -28,7 +30,14 @@ const SHARD_BYTES: usize = 5 << 30;
 struct TrainerState {
     step: u64,
     seed: u64,
+    #[serde(default = "adamw")]
+    optimizer: String,
     plan: Plan,
+}
+
+/// Checkpoints that do not say it are older than the other optimizers.
+fn adamw() -> String {
+    "adamw".into()
 }
 
 /// Writes the model and all state that an exact continuation needs. Every rank calls it.
@@ -48,14 +57,22 @@ pub fn save_checkpoint(trainer: &Trainer, folder: &Path) -> Result<()> {
     let mut tensors = BTreeMap::new();
     for slot in &trainer.slots {
         for (part, of) in PARTS {
-            // Parameters held in f32 are their own masters.
-            if part == "master" && trainer.plan.precision.dtype() == Dtype::F32 {
+            // Parameters held in f32 are their own masters; rules have no, one or two moments.
+            if trainer.states.iter().all(|state| of(state).is_none()) {
                 continue;
             }
             let whole = gather(trainer, slot, of)?;
             if rank == 0 {
                 let owned = Owned::from_f32(&whole, &slot.param.global_shape(), Dtype::F32)?;
                 tensors.insert(format!("{part}.{}", slot.param.name()), owned);
+            }
+        }
+    }
+    for (slot, factored) in trainer.slots.iter().zip(&trainer.factored) {
+        for (of, factors) in FACTORED.iter().zip(&factored.statistics) {
+            for (part, values) in [("rows", &factors.rows), ("cols", &factors.cols)] {
+                let owned = Owned::from_f32(values, &[values.len()], Dtype::F32)?;
+                tensors.insert(format!("{of}.{part}.{}", slot.param.name()), owned);
             }
         }
     }
@@ -66,6 +83,7 @@ pub fn save_checkpoint(trainer: &Trainer, folder: &Path) -> Result<()> {
         let state = TrainerState {
             step: trainer.steps(),
             seed: trainer.seed(),
+            optimizer: trainer.rule.into(),
             plan: trainer.plan.clone(),
         };
         let text = serde_json::to_vec_pretty(&state).map_err(|e| fail(e.to_string()))?;
@@ -90,7 +108,10 @@ pub fn save_checkpoint(trainer: &Trainer, folder: &Path) -> Result<()> {
 type Part = fn(&State) -> Option<&Buffer>;
 
 const PARTS: [(&str, Part); 3] =
-    [("m", |s| Some(&s.m)), ("v", |s| Some(&s.v)), ("master", |s| s.master.as_ref())];
+    [("m", |s| s.m.as_ref()), ("v", |s| s.v.as_ref()), ("master", |s| s.master.as_ref())];
+
+/// The statistics by row and column that Adafactor and CAME keep.
+const FACTORED: [&str; 2] = ["second", "disagreement"];
 
 /// A parameter's state, whole: its pieces put together over `dp`, then over the other axes.
 fn gather(trainer: &Trainer, slot: &Slot, of: Part) -> Result<Vec<f32>> {
@@ -143,6 +164,13 @@ pub fn load_checkpoint(trainer: &mut Trainer, folder: &Path) -> Result<()> {
             trainer.seed()
         )));
     }
+    if state.optimizer != trainer.rule {
+        return Err(fail(format!(
+            "is of a run with {}, not {}; resume with the same, or load the folder as a model to \
+             start new",
+            state.optimizer, trainer.rule
+        )));
+    }
     let path = folder.join("optimizer.safetensors");
     let archive = Archive::open(std::slice::from_ref(&path))?;
     // This rank's part of a parameter's state.
@@ -167,6 +195,10 @@ pub fn load_checkpoint(trainer: &mut Trainer, folder: &Path) -> Result<()> {
         });
         result.map(|()| Some(out))
     };
+    let missing = |name: String| Error::File {
+        path: path.display().to_string(),
+        reason: format!("tensor {name} is missing, or of another shape"),
+    };
     let dtype = trainer.plan.precision.dtype();
     let loaded = crate::hf::load(folder, trainer.model.scope(), Dtype::F32, None)?;
     for slot in &trainer.slots {
@@ -178,24 +210,34 @@ pub fn load_checkpoint(trainer: &mut Trainer, folder: &Path) -> Result<()> {
             _ => &published,
         };
         slot.param.set(values)?;
-        let [m, v] = ["m", "v"].map(|part| -> Result<Vec<f32>> {
-            read(part, &slot.param)?.ok_or_else(|| Error::File {
-                path: path.display().to_string(),
-                reason: format!("tensor {part}.{} is missing", slot.param.name()),
-            })
-        });
-        let (m, v, master) = (m?, v?, master.unwrap_or(published));
+        let moment = |part: &str, wanted: bool| match wanted {
+            true => read(part, &slot.param)?
+                .map(Some)
+                .ok_or_else(|| missing(format!("{part}.{}", slot.param.name()))),
+            false => Ok(None),
+        };
+        let rule = trainer.optimizer.rule;
+        let m = moment("m", rule.first_moment())?;
+        let v = moment("v", rule.second_moment())?;
+        let master = Some(master.unwrap_or(published));
         for piece in &mut trainer.states {
             let Some((to, from)) = overlap(&piece.range, &slot.range) else { continue };
-            let parts = [
-                (Some(&mut piece.m), &m),
-                (Some(&mut piece.v), &v),
-                (piece.master.as_mut(), &master),
-            ];
+            let parts = [(&mut piece.m, &m), (&mut piece.v, &v), (&mut piece.master, &master)];
             for (buffer, values) in parts {
-                if let Some(buffer) = buffer {
+                if let (Some(buffer), Some(values)) = (buffer, values) {
                     buffer.as_mut_slice::<f32>()[to.clone()].copy_from_slice(&values[from.clone()]);
                 }
+            }
+        }
+    }
+    for (slot, factored) in trainer.slots.iter().zip(&mut trainer.factored) {
+        for (of, factors) in FACTORED.iter().zip(&mut factored.statistics) {
+            for (part, values) in [("rows", &mut factors.rows), ("cols", &mut factors.cols)] {
+                let name = format!("{of}.{part}.{}", slot.param.name());
+                let entry = archive.get(&name).filter(|e| e.shape == [values.len()]);
+                let mut read = Vec::with_capacity(values.len());
+                entry.ok_or_else(|| missing(name))?.to_f32(0, values.len(), &mut read)?;
+                *values = read;
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The trainer: forward, backward with gradients reduced on the way, clip, AdamW, gather.
+//! The trainer: forward, backward with gradients reduced on the way, clip, update, gather.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
@@ -16,8 +16,9 @@ use colossal_zero::{Stage, Zero};
 use half::bf16;
 
 use super::data::Batch;
+use super::optimizer::{Factored, Held, State, Update};
 use super::report::{StepReport, gemm_peak};
-use super::{AdamW, Plan};
+use super::{Optimizer, Plan};
 use crate::decoder::{CausalLm, DecoderConfig, Tokens, Training};
 
 /// A model in training under a plan.
@@ -27,14 +28,18 @@ pub struct Trainer {
     pub model: CausalLm,
     /// The plan.
     pub plan: Plan,
-    /// The optimizer's hyper-parameters; may be changed between steps.
-    pub optimizer: AdamW,
+    /// The optimizer; all but the kind of its rule may be changed between steps.
+    pub optimizer: Optimizer,
     pub(super) flat: Arc<Flat>,
     pub(super) slots: Vec<Slot>,
     by_id: HashMap<ParamId, usize>,
     zero: Zero,
     pub(super) states: Vec<State>,
+    /// Of each slot, if the rule has any.
+    pub(super) factored: Vec<Factored>,
     pub(super) step: u64,
+    /// The rule whose state this is.
+    pub(super) rule: &'static str,
     world: Group,
     seed: u64,
 }
@@ -49,16 +54,8 @@ pub(super) struct Slot {
     copies: f64,
     /// Axes other than `dp` along which the gradient is a pending sum.
     pending: Vec<String>,
-}
-
-/// Optimizer state of one of this rank's pieces of the flat vector.
-#[derive(Debug)]
-pub(super) struct State {
-    pub(super) range: Range<usize>,
-    pub(super) m: Buffer,
-    pub(super) v: Buffer,
-    /// f32 masters, when parameters are held in less.
-    pub(super) master: Option<Buffer>,
+    /// Axes whose ranks update different parts of it.
+    cut: Vec<String>,
 }
 
 impl Trainer {
@@ -70,7 +67,7 @@ impl Trainer {
         world: &Group,
         plan: &Plan,
         config: &DecoderConfig,
-        optimizer: AdamW,
+        optimizer: impl Into<Optimizer>,
         seed: u64,
     ) -> Result<Trainer> {
         let scope = plan.scope(world)?;
@@ -84,7 +81,7 @@ impl Trainer {
         plan: &Plan,
         path: &Path,
         head: Option<crate::Head>,
-        optimizer: AdamW,
+        optimizer: impl Into<Optimizer>,
         seed: u64,
     ) -> Result<Trainer> {
         let scope = plan.scope(world)?;
@@ -97,11 +94,12 @@ impl Trainer {
         world: &Group,
         plan: &Plan,
         mut model: CausalLm,
-        optimizer: AdamW,
+        optimizer: impl Into<Optimizer>,
         seed: u64,
     ) -> Result<Trainer> {
         model.stack = model.stack.recompute(plan.recompute);
         let dtype = plan.precision.dtype();
+        let optimizer = optimizer.into();
         // Gradients become complete from the last layer to the first: so they lie in memory.
         let mut slots = Vec::new();
         let mut end = 0;
@@ -129,16 +127,25 @@ impl Trainer {
             slots.iter().map(|s| (s.range.start, s.range.len())).collect();
         let bucket = plan.bucket_mib * (1 << 20) / size_of::<f32>();
         let zero = Zero::new(plan.stage(), dp, end, bucket, &segments).map_err(zero_error)?;
-        let states = zero
+        let rule = optimizer.rule;
+        let zeros = |wanted: bool, len| wanted.then(|| Buffer::zeros::<f32>(len));
+        let states: Vec<State> = zero
             .shard_ranges()
             .into_iter()
             .map(|range| State {
-                m: Buffer::zeros::<f32>(range.len()),
-                v: Buffer::zeros::<f32>(range.len()),
+                m: zeros(rule.first_moment(), range.len()),
+                v: zeros(rule.second_moment(), range.len()),
                 master: (!masters.is_empty()).then(|| Buffer::from_slice(&masters[range.clone()])),
                 range,
             })
             .collect();
+        let factored = match rule.factored() {
+            0 => vec![],
+            _ => slots.iter().map(|slot| Factored::new(&rule, slot.piece(&states))).collect(),
+        };
+        if plan.stage() != Stage::Zero && plan.dp > 1 {
+            slots.iter_mut().for_each(|slot| slot.cut.push("dp".into()));
+        }
         let by_id = slots.iter().enumerate().map(|(i, s)| (s.param.id(), i)).collect();
         let (plan, world) = (plan.clone(), world.clone());
         Ok(Trainer {
@@ -150,7 +157,9 @@ impl Trainer {
             by_id,
             zero,
             states,
+            factored,
             step: 0,
+            rule: rule.name(),
             world,
             seed,
         })
@@ -287,41 +296,57 @@ impl Trainer {
         let o = self.optimizer;
         let scale = if o.clip > 0.0 && norm > o.clip { o.clip / norm } else { 1.0 };
         let lr = o.lr.at(self.step);
+        if o.rule.name() != self.rule {
+            return Err(Error::Other(format!(
+                "step: the optimizer became {}, and the trainer holds the state of {}; start a new \
+                 trainer",
+                o.rule.name(),
+                self.rule
+            )));
+        }
         self.step += 1;
-        let t = self.step as u32;
-        let (slots, states, zero) = (&self.slots, &mut self.states, &mut self.zero);
+        let update = Update { rule: o.rule, step: self.step as u32, lr, weight_decay: 0.0, scale };
+        let buckets: Vec<_> =
+            self.zero.partition().buckets().iter().map(|b| b.range.clone()).collect();
+        let mut pieces = buckets.iter().zip(&mut self.states);
+        let (slots, factored, zero) = (&self.slots, &mut self.factored, &mut self.zero);
         let dtype = self.plan.precision.dtype();
         self.flat.write(|flat| -> Result<()> {
-            let mut pieces = states.iter_mut();
-            zero.step(|range, grad| {
-                let Some(state) = pieces.next() else { return };
+            let mut summed = Ok(());
+            zero.step(|range, grads| {
+                let Some((bucket, state)) = pieces.next() else { return };
                 debug_assert_eq!(state.range, range);
-                for slot in overlapping(slots, &range) {
-                    let all = slot.range.start.max(range.start)..slot.range.end.min(range.end);
+                let first = first_overlapping(slots, bucket);
+                for (i, slot) in overlapping(slots, bucket).enumerate() {
+                    let all = slot.within(&range);
+                    if all.is_empty() && !o.rule.sums() {
+                        continue;
+                    }
                     let own = all.start - range.start..all.end - range.start;
-                    let rule = kernels::AdamW {
-                        lr,
-                        beta1: o.betas.0,
-                        beta2: o.betas.1,
-                        eps: o.eps,
-                        weight_decay: if slot.decay { o.weight_decay } else { 0.0 },
-                    };
-                    let m = &mut state.m.as_mut_slice::<f32>()[own.clone()];
-                    let v = &mut state.v.as_mut_slice::<f32>()[own.clone()];
-                    let grad = &grad[own.clone()];
-                    match (&mut state.master, dtype) {
-                        (Some(master), _) => {
-                            let master = &mut master.as_mut_slice::<f32>()[own];
-                            let params = &mut flat.as_mut_slice::<bf16>()[all];
-                            rule.step_masters(t, scale, master, params, grad, m, v);
+                    let decay = if slot.decay { o.weight_decay } else { 0.0 };
+                    let update = Update { weight_decay: decay, ..update };
+                    let state = state.of(&own);
+                    let (grads, factored) = (&grads[own], factored.get_mut(first + i));
+                    let mut sum = |x: &mut [f64]| {
+                        for axis in &slot.cut {
+                            if summed.is_ok() {
+                                summed = slot.sum(axis, x);
+                            }
                         }
-                        (None, _) => {
+                    };
+                    match dtype {
+                        Dtype::F32 => {
                             let params = &mut flat.as_mut_slice::<f32>()[all];
-                            rule.step_grad_scale(t, params, grad, m, v, scale);
+                            update.piece(Held { params, grads, state, factored }, &mut sum);
+                        }
+                        _ => {
+                            let params = &mut flat.as_mut_slice::<bf16>()[all];
+                            update.piece(Held { params, grads, state, factored }, &mut sum);
                         }
                     }
                 }
             });
+            summed?;
             zero.clear();
             match dtype {
                 Dtype::F32 => zero.gather_params(flat.as_mut_slice::<f32>()),
@@ -388,28 +413,59 @@ fn dropout_stream(seed: u64, step: u64) -> Stream {
 impl Slot {
     fn new(param: Arc<Param>, range: Range<usize>) -> Slot {
         let mut copies = 1.0;
-        let mut pending = Vec::new();
+        let (mut pending, mut cut) = (vec![], vec![]);
         for (axis, (name, size)) in param.scope().mesh().axes().iter().enumerate() {
             if *name == "dp" || *size == 1 {
                 continue;
             }
-            if !matches!(param.layout()[axis], Placement::Shard(_)) {
-                copies *= *size as f64;
+            match param.layout()[axis] {
+                Placement::Shard(_) => cut.push(name.to_string()),
+                _ => copies *= *size as f64,
             }
             if param.layout()[axis] == Placement::Replicate {
                 pending.push(name.to_string());
             }
         }
         let decay = param.dims().len() > 1;
-        Slot { param, range, decay, copies, pending }
+        Slot { param, range, decay, copies, pending, cut }
+    }
+
+    /// What of it lies in `range`; may be empty.
+    fn within(&self, range: &Range<usize>) -> Range<usize> {
+        let start = self.range.start.clamp(range.start, range.end);
+        start..self.range.end.clamp(start, range.end)
+    }
+
+    /// Which elements of the whole parameter this rank updates.
+    fn piece(&self, states: &[State]) -> kernels::Piece {
+        let own = states.iter().map(|s| self.within(&s.range)).find(|own| !own.is_empty());
+        let own = own.unwrap_or(self.range.start..self.range.start);
+        let (mut at, mut held) = (self.range.start, vec![]);
+        self.param.for_each_run(|start, len| {
+            let from = own.start.clamp(at, at + len);
+            let to = own.end.clamp(from, at + len);
+            if from < to {
+                held.push((start + from - at, to - from));
+            }
+            at += len;
+        });
+        kernels::Piece::new(&self.param.global_shape(), held)
+    }
+
+    fn sum(&self, axis: &str, x: &mut [f64]) -> Result<()> {
+        let group = self.param.scope().mesh().group(axis).map_err(comm)?;
+        group.all_reduce(x, colossal_comm::ReduceOp::Sum).map_err(comm)
     }
 }
 
 /// Slots that overlap `range`; slots are sorted by range.
 fn overlapping<'a>(slots: &'a [Slot], range: &Range<usize>) -> impl Iterator<Item = &'a Slot> {
-    let first = slots.partition_point(|s| s.range.end <= range.start);
     let end = range.end;
-    slots[first..].iter().take_while(move |s| s.range.start < end)
+    slots[first_overlapping(slots, range)..].iter().take_while(move |s| s.range.start < end)
+}
+
+fn first_overlapping(slots: &[Slot], range: &Range<usize>) -> usize {
+    slots.partition_point(|s| s.range.end <= range.start)
 }
 
 /// Accumulates gradients where ZeRO sends them from, the moment they are complete.

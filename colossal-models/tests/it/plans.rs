@@ -7,14 +7,15 @@ use colossal_models::gpt2::Gpt2Config;
 use colossal_models::llama::LlamaConfig;
 use colossal_models::mixtral::MixtralConfig;
 use colossal_models::train::{
-    AdamW, Batch, LrSchedule, Plan, Precision, SequenceMode, TensorMode, Trainer, lm_loss,
+    AdamW, Batch, LrSchedule, Optimizer, Plan, Precision, SequenceMode, TensorMode, Trainer,
+    lm_loss,
 };
 use colossal_models::{CausalLm, Decoder, DecoderConfig, Group, Scope, hf};
 use colossal_tensor::safetensors::Owned;
 use colossal_tensor::storage::memory_stats;
 use colossal_tensor::{Dtype, Stack, Tensor, fake};
 
-fn llama() -> DecoderConfig {
+pub(crate) fn llama() -> DecoderConfig {
     DecoderConfig::Llama(LlamaConfig {
         num_key_value_heads: 2,
         max_position_embeddings: 32,
@@ -30,7 +31,7 @@ fn gpt2() -> DecoderConfig {
     })
 }
 
-fn batch(step: i32) -> Batch {
+pub(crate) fn batch(step: i32) -> Batch {
     batch_of(8, step)
 }
 
@@ -51,13 +52,13 @@ fn batch_of(rows: i32, step: i32) -> Batch {
 }
 
 #[derive(Debug)]
-struct Outcome {
-    losses: Vec<f32>,
+pub(crate) struct Outcome {
+    pub(crate) losses: Vec<f32>,
     norms: Vec<f32>,
-    weights: BTreeMap<String, Vec<f32>>,
+    pub(crate) weights: BTreeMap<String, Vec<f32>>,
 }
 
-fn optimizer() -> AdamW {
+pub(crate) fn optimizer() -> AdamW {
     AdamW { lr: LrSchedule::constant(1e-2), weight_decay: 0.1, clip: 0.5, ..AdamW::default() }
 }
 
@@ -68,7 +69,16 @@ fn floats(map: BTreeMap<String, Owned>) -> BTreeMap<String, Vec<f32>> {
 }
 
 fn train(world: &Group, plan: &Plan, config: &DecoderConfig) -> Outcome {
-    let mut trainer = Trainer::new(world, plan, config, optimizer(), 3).unwrap();
+    train_with(world, plan, config, optimizer())
+}
+
+pub(crate) fn train_with(
+    world: &Group,
+    plan: &Plan,
+    config: &DecoderConfig,
+    optimizer: impl Into<Optimizer>,
+) -> Outcome {
+    let mut trainer = Trainer::new(world, plan, config, optimizer, 3).unwrap();
     let (mut losses, mut norms) = (vec![], vec![]);
     for step in 0..5 {
         let report = trainer.step(&batch(step)).unwrap();
@@ -79,7 +89,7 @@ fn train(world: &Group, plan: &Plan, config: &DecoderConfig) -> Outcome {
     Outcome { losses, norms, weights: floats(weights) }
 }
 
-fn close(what: &str, a: &[f32], b: &[f32], tolerance: f32) {
+pub(crate) fn close(what: &str, a: &[f32], b: &[f32], tolerance: f32) {
     let largest = b.iter().fold(0.0f32, |m, x| m.max(x.abs())).max(1e-6);
     let off = a.iter().zip(b).fold(0.0f32, |m, (a, b)| m.max((a - b).abs())) / largest;
     assert!(a.len() == b.len() && off <= tolerance, "{what}: {off} > {tolerance}");
@@ -234,7 +244,7 @@ fn grids_of_nine_and_twelve_ranks_have_the_gradients_of_one_device() {
     }
 }
 
-fn mixtral() -> DecoderConfig {
+pub(crate) fn mixtral() -> DecoderConfig {
     let DecoderConfig::Llama(base) = llama() else { unreachable!("llama() is one") };
     DecoderConfig::Mixtral(MixtralConfig {
         router_aux_loss_coef: 0.05,

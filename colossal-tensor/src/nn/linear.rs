@@ -39,12 +39,14 @@ impl Linear {
         init: Init,
     ) -> Result<Linear> {
         let weight = p.tensor("weight", &[output, input], init)?;
+        weight.used_as_factor(true);
         let bias = bias.then(|| p.tensor("bias", &[output], Init::Constant(0.0))).transpose()?;
         Ok(Linear { weight, bias })
     }
 
     /// A layer over a weight that exists already: a tied head.
     pub fn tied(weight: Arc<Param>) -> Linear {
+        weight.used_as_factor(false);
         Linear { weight, bias: None }
     }
 

@@ -11,7 +11,8 @@ use crate::propagate::{self, propagate};
 use crate::tensor::Tensor;
 
 impl Tensor {
-    /// `x wᵀ + bias`, with `x [.., in]`, `weight [out, in]`, `bias [out]`.
+    /// `x wᵀ + bias`, with `x [.., in]`, `weight [out, in]`, `bias [out]`. A weight that was
+    /// rounded ([`Param::quantize_int8`](crate::Param::quantize_int8)) is multiplied in int8.
     ///
     /// The gradient of the weight is a product of its own that can be deferred.
     pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -49,7 +50,14 @@ impl Tensor {
         shape[last] = n;
         let y = produce(self.scope(), &shape, self.dtype(), layout, |y| {
             float!("linear", self.dtype(), T => {
-                let (x, w) = (self.read::<T>()?, weight.read::<T>()?);
+                let x = self.read::<T>()?;
+                if let Some(w) = weight.param().and_then(|p| p.int8()) {
+                    let b = bias.map(|b| b.read::<T>()).transpose()?;
+                    let b = b.as_ref().map(|b| b.as_slice());
+                    kernels::gemm_int8(x.as_slice::<T>(), m, w, b, y.as_mut_slice::<T>());
+                    return Ok(());
+                }
+                let w = weight.read::<T>()?;
                 let b = bias.map(|b| b.read::<T>()).transpose()?;
                 let epilogue = Epilogue { bias: b.as_ref().map(|b| b.as_slice()), ..Epilogue::default() };
                 kernels::gemm(

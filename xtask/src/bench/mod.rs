@@ -3,9 +3,10 @@
 //! Both sides are processes that wait at a prompt and take turns, so that a noisy machine
 //! disturbs them alike and nobody pays twice for starting. Figures are medians over the turns;
 //! the floor is what the machine's multiply-adds or its memory would allow, measured in the same
-//! turns. `train` times whole steps, `kernels` single kernels; other names run criterion benches.
+//! turns. `train` times whole steps, `decode` generation, `kernels` single kernels; other names run criterion benches.
 
 mod comm;
+mod decode;
 mod page;
 mod prompt;
 
@@ -19,7 +20,7 @@ use prompt::Prompt;
 /// What to time.
 #[derive(Debug, Parser)]
 pub(crate) struct Args {
-    /// `train` (whole steps), `kernels`, `comm` (collectives), or a criterion bench; nothing runs them all.
+    /// `train` (whole steps), `decode` (generation), `kernels`, `comm` (collectives), or a criterion bench; nothing runs them all.
     name: Option<String>,
     /// A peer: `python=PATH` of a Python that has torch.
     #[arg(long)]
@@ -43,12 +44,14 @@ pub(crate) fn bench(args: &Args) -> Result<()> {
     let rows = match args.name.as_deref() {
         Some("train") => train(args)?,
         Some("kernels") => kernels(args)?,
+        Some("decode") => decode::decode(args)?,
         Some("comm") => comm::comm(args)?,
         Some(name) => return run(&cargo(), &["bench", "--workspace", "--bench", name], &[]),
         None => {
             run(&cargo(), &["bench", "--workspace", "--benches"], &[])?;
             let mut rows = kernels(args)?;
             rows.extend(train(args)?);
+            rows.extend(decode::decode(args)?);
             rows
         }
     };
