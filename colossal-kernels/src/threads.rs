@@ -4,6 +4,9 @@
 //! calling thread's helpers, so ranks never share or fight for them. A rank without helpers (the
 //! default) runs everything inline. Helpers look for work for a few microseconds, then sleep; a
 //! rank never waits for a helper that has not begun: it does the work itself.
+//!
+//! Pieces have a home: thread `t` begins with its own share of them and then takes from others.
+//! What one kernel wrote is so mostly read by the same core in the next, whose cache has it.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -43,10 +46,15 @@ struct Job {
 
 struct Work {
     run: *const (dyn Fn(usize) + Sync),
-    next: AtomicUsize,
     pieces: usize,
+    /// The next piece of each thread's share.
+    shares: Box<[Share]>,
     panicked: AtomicBool,
 }
+
+/// A counter on a cache line of its own.
+#[repr(align(64))]
+struct Share(AtomicUsize);
 
 impl std::fmt::Debug for Work {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -60,16 +68,21 @@ unsafe impl Send for Work {}
 unsafe impl Sync for Work {}
 
 impl Work {
-    fn help(&self) {
-        loop {
-            let piece = self.next.fetch_add(1, SeqCst);
-            if piece >= self.pieces {
-                return;
-            }
-            // SAFETY: the closure lives until the caller of `run` has seen every helper leave.
-            let run = unsafe { &*self.run };
-            if catch_unwind(AssertUnwindSafe(|| run(piece))).is_err() {
-                self.panicked.store(true, SeqCst);
+    /// Works as thread `home`: on its own share, then on what others have not begun.
+    fn help(&self, home: usize) {
+        let threads = self.shares.len();
+        for share in (home..threads).chain(0..home) {
+            let end = self.pieces * (share + 1) / threads;
+            loop {
+                let piece = self.shares[share].0.fetch_add(1, SeqCst);
+                if piece >= end {
+                    break;
+                }
+                // SAFETY: the closure lives until the caller of `run` has seen every helper leave.
+                let run = unsafe { &*self.run };
+                if catch_unwind(AssertUnwindSafe(|| run(piece))).is_err() {
+                    self.panicked.store(true, SeqCst);
+                }
             }
         }
     }
@@ -93,7 +106,7 @@ impl Threads {
                     .name(format!("compute {i}"))
                     .spawn(move || {
                         crate::profile::helper();
-                        shared.serve();
+                        shared.serve(i);
                     })
                     .expect("the system can start the compute threads that were asked for")
             })
@@ -113,8 +126,10 @@ impl Threads {
         let run: *const (dyn Fn(usize) + Sync) = unsafe {
             std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f)
         };
-        let work =
-            Work { run, next: AtomicUsize::new(0), pieces, panicked: AtomicBool::new(false) };
+        let threads = self.count();
+        let share = |t| Share(AtomicUsize::new(pieces * t / threads));
+        let shares = (0..threads).map(share).collect();
+        let work = Work { run, pieces, shares, panicked: AtomicBool::new(false) };
         // SAFETY: helpers reach `work` only between joining an open job and leaving it; before
         // this function returns the job is closed and every helper has left.
         let borrowed: &'static Work = unsafe { &*std::ptr::from_ref(&work) };
@@ -125,7 +140,7 @@ impl Threads {
             drop(shared.lock.lock().unwrap_or_else(|e| e.into_inner()));
             shared.wake.notify_all();
         }
-        work.help();
+        work.help(0);
         shared.state.fetch_or(CLOSED, SeqCst);
         let mut looks = 0u32;
         while shared.state.load(SeqCst) & INSIDE != 0 {
@@ -150,7 +165,7 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    fn serve(&self) {
+    fn serve(&self, thread: usize) {
         let mut seen = 0;
         loop {
             let state = self.await_job(seen);
@@ -172,7 +187,7 @@ impl Shared {
             if joined {
                 let work = self.job.lock().unwrap_or_else(|e| e.into_inner()).work;
                 if let Some(work) = work {
-                    work.help();
+                    work.help(thread);
                 }
                 self.state.fetch_sub(1, SeqCst);
             }

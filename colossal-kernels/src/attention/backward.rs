@@ -141,6 +141,7 @@ impl Part<'_> {
                         let from = i * block;
                         let to = seen.end.min(from + block);
                         for tile in (from..to).step_by(mr) {
+                            let rows = mr.min(to - tile);
                             let q_first = s.first_query(b, tile).saturating_sub(first) / nr * nr;
                             let at = (tile - from) * QUERIES;
                             let (ka, va) = (&ka[tile * o.row_a..], &va[tile * o.row_a..]);
@@ -150,6 +151,7 @@ impl Part<'_> {
                                 let strides = [o.row_a, 1];
                                 let c = at + col;
                                 o.kernel.tile(
+                                    rows,
                                     o.row_a,
                                     ka,
                                     strides,
@@ -159,6 +161,7 @@ impl Part<'_> {
                                     false,
                                 );
                                 o.kernel.tile(
+                                    rows,
                                     o.row_a,
                                     va,
                                     strides,
@@ -201,23 +204,23 @@ impl Part<'_> {
                             let at = (tile - from) * wide + skip;
                             let (depth, strides, c) = (depth - skip, [wide, 1], tile * o.row_c);
                             let (qs, dos) = (&qs[skip * nr..], &dos[skip * nr..]);
-                            o.head(depth, &pa[at..], strides, dos, panel_q, &mut dva[c..]);
-                            o.head(depth, &da[at..], strides, qs, panel_q, &mut dka[c..]);
+                            o.head(rows, depth, &pa[at..], strides, dos, panel_q, &mut dva[c..]);
+                            o.head(rows, depth, &da[at..], strides, qs, panel_q, &mut dka[c..]);
                         }
                         // dq += dsᵀ k, over the keys that a tile of queries sees.
                         if o.kernel.pairs {
                             interleave(dst16, row_t, (to - from).next_multiple_of(mr), pairs);
                         }
                         for tile in (0..n).step_by(mr) {
-                            let last = (tile + mr).min(n) - 1;
-                            let end = s.visible(b, first + last).end.min(to);
+                            let rows = mr.min(n - tile);
+                            let end = s.visible(b, first + tile + rows - 1).end.min(to);
                             if end <= from {
                                 continue;
                             }
                             let a = if o.kernel.pairs { &pairs[tile..] } else { &dst[tile..] };
                             let ks = &ks[i * columns * panel_k..];
                             let (depth, c) = (o.kernel.steps(end - from), tile * o.row_c);
-                            o.head(depth, a, [1, QUERIES], ks, panel_k, &mut dqa[c..]);
+                            o.head(rows, depth, a, [1, QUERIES], ks, panel_k, &mut dqa[c..]);
                         }
                     }
                     for r in 0..n {

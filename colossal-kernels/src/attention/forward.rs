@@ -117,6 +117,7 @@ fn head<'o, T: Float>(
                         let panel = o.kernel.panel(nr, s.head_dim);
                         let kp = &kp[block * size_k + i * panel..];
                         o.kernel.tile(
+                            in_tile,
                             o.row_a,
                             qa,
                             [o.row_a, 1],
@@ -147,7 +148,7 @@ fn head<'o, T: Float>(
                     }
                     let (p, row) = if o.kernel.pairs { (&*p, row_p) } else { (&*scores, KEYS) };
                     let vp = &vp[block * size_v..];
-                    o.head(depth, p, [row, 1], vp, panel_v, &mut acc[tile * o.row_c..]);
+                    o.head(in_tile, depth, p, [row, 1], vp, panel_v, &mut acc[tile * o.row_c..]);
                 }
             }
             for r in 0..rows {

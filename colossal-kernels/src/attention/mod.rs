@@ -228,9 +228,10 @@ impl Operands {
         }
     }
 
-    /// `c [mr, head] (+)= a b` over `steps` of depth; panels of `b` lie `panel` apart.
+    /// `c [rows, head] += a b` over `steps` of depth; panels of `b` lie `panel` apart.
     fn head(
         &self,
+        rows: usize,
         steps: usize,
         a: &[f32],
         strides: [usize; 2],
@@ -239,7 +240,16 @@ impl Operands {
         c: &mut [f32],
     ) {
         for (p, col) in (0..self.row_c).step_by(self.kernel.nr).enumerate() {
-            self.kernel.tile(steps, a, strides, &b[p * panel..], &mut c[col..], self.row_c, true);
+            self.kernel.tile(
+                rows,
+                steps,
+                a,
+                strides,
+                &b[p * panel..],
+                &mut c[col..],
+                self.row_c,
+                true,
+            );
         }
     }
 }

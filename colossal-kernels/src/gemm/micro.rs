@@ -6,7 +6,7 @@ use crate::isa::{Isa, isa};
 /// The largest tile of any kernel.
 pub(super) const TILE: usize = 14 * 32;
 
-/// A micro-kernel. It reads `b` from a panel, one step of depth after the other, and the `MR`
+/// A micro-kernel. It reads `b` from a panel, one step of depth after the other, and up to `MR`
 /// rows of `a` at any stride: a panel, a row-major or a column-major matrix.
 ///
 /// A step of depth is one f32, or a pair of bf16 in the room of one.
@@ -18,11 +18,12 @@ pub(crate) struct Kernel {
     pub(crate) nr: usize,
     /// Steps are pairs of bf16.
     pub(crate) pairs: bool,
-    run: Run,
+    /// Of one row, of two, … of `mr`.
+    run: &'static [Run],
 }
 
-/// `(steps, a, strides of a by row and by step, panel of b, c, row stride of c, add to c)`
-type Run = unsafe fn(usize, *const f32, [usize; 2], *const f32, *mut f32, usize, bool);
+/// `(steps, a, strides of a by row and by step, panel of b, c, row stride of c, add to c, what to fetch meanwhile)`
+type Run = unsafe fn(usize, *const f32, [usize; 2], *const f32, *mut f32, usize, bool, *const f32);
 
 impl Kernel {
     /// The best kernel for `T` on this machine.
@@ -30,17 +31,17 @@ impl Kernel {
         #[cfg(target_arch = "x86_64")]
         match isa() {
             Isa::Avx512Bf16 if T::NAME == "bf16" => {
-                return Kernel { mr: 14, nr: 32, pairs: true, run: x86::bf16_14x32 };
+                return Kernel { mr: 14, nr: 32, pairs: true, run: &x86::BF16_14X32 };
             }
             Isa::Avx512 | Isa::Avx512Bf16 => {
-                return Kernel { mr: 14, nr: 32, pairs: false, run: x86::f32_14x32 };
+                return Kernel { mr: 14, nr: 32, pairs: false, run: &x86::F32_14X32 };
             }
-            Isa::Avx2 => return Kernel { mr: 6, nr: 16, pairs: false, run: x86::f32_6x16 },
+            Isa::Avx2 => return Kernel { mr: 6, nr: 16, pairs: false, run: &x86::F32_6X16 },
             Isa::Portable => {}
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = isa();
-        Kernel { mr: 4, nr: 16, pairs: false, run: portable_4x16 }
+        Kernel { mr: 4, nr: 16, pairs: false, run: &PORTABLE_4X16 }
     }
 
     /// Floats of a panel of `width` rows and depth `k`.
@@ -53,10 +54,11 @@ impl Kernel {
         if self.pairs { k.div_ceil(2) } else { k }
     }
 
-    /// `c = a b`, or `c += a b` with `add`: a whole tile, over `steps` of depth.
+    /// `c = a b`, or `c += a b` with `add`: `rows` rows of a tile, over `steps` of depth.
     #[inline(always)]
     pub(crate) fn tile(
         &self,
+        rows: usize,
         steps: usize,
         a: &[f32],
         strides: [usize; 2],
@@ -65,18 +67,19 @@ impl Kernel {
         stride: usize,
         add: bool,
     ) {
-        assert!(c.len() >= (self.mr - 1) * stride + self.nr);
+        assert!(c.len() >= (rows - 1) * stride + self.nr);
         // SAFETY: the tile is in bounds by the assertion.
-        unsafe { self.tile_at(steps, a, strides, b, c.as_mut_ptr(), stride, add) }
+        unsafe { self.tile_at(rows, steps, a, strides, b, c.as_mut_ptr(), stride, add, a.as_ptr()) }
     }
 
     /// As [`Kernel::tile`] where `c` interleaves with what other threads write.
     ///
     /// # Safety
-    /// `c` leads to a whole tile that is this thread's alone.
+    /// `c` leads to these rows of a tile, which are this thread's alone.
     #[inline(always)]
     pub(super) unsafe fn tile_at(
         &self,
+        rows: usize,
         steps: usize,
         a: &[f32],
         strides: [usize; 2],
@@ -84,24 +87,28 @@ impl Kernel {
         c: *mut f32,
         stride: usize,
         add: bool,
+        next: *const f32,
     ) {
         let [row, step] = strides;
         assert!(
             steps == 0
-                || (a.len() > (self.mr - 1) * row + (steps - 1) * step
-                    && b.len() >= steps * self.nr)
+                || (a.len() > (rows - 1) * row + (steps - 1) * step && b.len() >= steps * self.nr)
         );
         // SAFETY: `of` picked a kernel of this machine's instructions; a and b are in bounds by
         // the assertion, c by contract.
-        unsafe { (self.run)(steps, a.as_ptr(), strides, b.as_ptr(), c, stride, add) }
+        unsafe {
+            (self.run[rows - 1])(steps, a.as_ptr(), strides, b.as_ptr(), c, stride, add, next)
+        }
     }
 }
 
-/// Plain code: four rows of sixteen.
+static PORTABLE_4X16: [Run; 4] = [portable::<1>, portable::<2>, portable::<3>, portable::<4>];
+
+/// Plain code: rows of sixteen.
 ///
 /// # Safety
-/// `a` has 4 rows of `steps` steps at these strides, `b` holds `16 steps` floats, `c` 4 rows of 16.
-unsafe fn portable_4x16(
+/// `a` has `R` rows of `steps` steps at these strides, `b` holds `16 steps` floats, `c` `R` rows of 16.
+unsafe fn portable<const R: usize>(
     steps: usize,
     a: *const f32,
     [row, step]: [usize; 2],
@@ -109,8 +116,9 @@ unsafe fn portable_4x16(
     c: *mut f32,
     stride: usize,
     add: bool,
+    _next: *const f32,
 ) {
-    let mut acc = [[0.0f32; 16]; 4];
+    let mut acc = [[0.0f32; 16]; R];
     for k in 0..steps {
         // SAFETY: by contract.
         let b = unsafe { std::slice::from_raw_parts(b.add(16 * k), 16) };
@@ -133,19 +141,22 @@ unsafe fn portable_4x16(
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use super::Run;
     use std::arch::x86_64::*;
 
     /// A kernel of two vectors a row. `$product(acc, a, b)` adds a product to a sum.
     macro_rules! kernel {
-        ($(#[$doc:meta])* $name:ident, $features:literal, $rows:literal, $lanes:literal,
+        ($(#[$doc:meta])* $all:ident [$($rows:literal)*], $name:ident, $features:literal, $lanes:literal,
          $zero:ident, $load:ident, $store:ident, $add:ident, $broadcast:ident, $product:expr) => {
+            pub(super) static $all: [Run; [$($rows),*].len()] = [$($name::<$rows>),*];
+
             $(#[$doc])*
             ///
             /// # Safety
-            /// The instructions; `a` has the kernel's rows of `steps` steps at these strides, `b` is
-            /// a panel of `steps` steps, `c` has the kernel's rows, `stride` floats apart.
+            /// The instructions; `a` has `R` rows of `steps` steps at these strides, `b` is a panel
+            /// of `steps` steps, `c` has `R` rows, `stride` floats apart.
             #[target_feature(enable = $features)]
-            pub(super) unsafe fn $name(
+            unsafe fn $name<const R: usize>(
                 steps: usize,
                 a: *const f32,
                 [row, step]: [usize; 2],
@@ -153,9 +164,14 @@ mod x86 {
                 c: *mut f32,
                 stride: usize,
                 add: bool,
+                next: *const f32,
             ) {
-                const AHEAD: usize = 16;
-                let mut acc = [[$zero(); 2]; $rows];
+                const AHEAD: usize = 32;
+                for i in 0..R {
+                    _mm_prefetch::<_MM_HINT_ET0>(c.wrapping_add(i * stride).cast());
+                    _mm_prefetch::<_MM_HINT_ET0>(c.wrapping_add(i * stride + 2 * $lanes - 1).cast());
+                }
+                let mut acc = [[$zero(); 2]; R];
                 for k in 0..steps {
                     // SAFETY: by contract; a prefetch may point anywhere.
                     unsafe {
@@ -163,6 +179,7 @@ mod x86 {
                         _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(2 * $lanes * AHEAD).cast());
                         _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(2 * $lanes * AHEAD + 16).cast());
                         let (b0, b1) = ($load(b), $load(b.add($lanes)));
+                        _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(16 * k).cast());
                         let a = a.add(k * step);
                         for (i, acc) in acc.iter_mut().enumerate() {
                             let x = $broadcast(*a.add(i * row));
@@ -190,17 +207,17 @@ mod x86 {
 
     kernel! {
         /// AVX-512F.
-        f32_14x32, "avx512f", 14, 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_storeu_ps,
+        F32_14X32 [1 2 3 4 5 6 7 8 9 10 11 12 13 14], f32x32, "avx512f", 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_storeu_ps,
         _mm512_add_ps, _mm512_set1_ps, |acc, a, b| _mm512_fmadd_ps(a, b, acc)
     }
     kernel! {
         /// AVX-512 BF16.
-        bf16_14x32, "avx512f,avx512bf16", 14, 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_storeu_ps,
+        BF16_14X32 [1 2 3 4 5 6 7 8 9 10 11 12 13 14], bf16x32, "avx512f,avx512bf16", 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_storeu_ps,
         _mm512_add_ps, _mm512_set1_ps, |acc, a, b| _mm512_dpbf16_ps(acc, pair(a), pair(b))
     }
     kernel! {
         /// AVX2 and FMA.
-        f32_6x16, "avx2,fma", 6, 8, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_storeu_ps,
+        F32_6X16 [1 2 3 4 5 6], f32x16, "avx2,fma", 8, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_storeu_ps,
         _mm256_add_ps, _mm256_set1_ps, |acc, a, b| _mm256_fmadd_ps(a, b, acc)
     }
 

@@ -2,8 +2,8 @@
 //!
 //! The shape of it (Goto & van de Geijn, 2008): both operands are packed into panels that the
 //! micro-kernel reads in order, `MR` rows of `a` against `NR` columns of `b`. Threads pack `b`
-//! together; a group of rows of `a`, small enough for the second-level cache, is packed by the
-//! thread that uses it and meets all columns. The tile is kept in registers over the whole depth
+//! together; a group of rows of `a`, small enough for the second-level cache, meets all columns;
+//! the thread that uses it packs it, unless the kernel can read it where it lies. The tile is kept in registers over the whole depth
 //! and passes through the epilogue once, on its way out.
 //! Few rows against a transposed `b` (decoding, small batches) go without packing: see `skinny`.
 
@@ -305,45 +305,54 @@ fn pass<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<
     let (size_a, size_b) = (kernel.panel(mr, k), kernel.panel(nr, k));
     let steps = kernel.steps(k);
     let small = m * n * k < 64 * 64 * 64;
+    let in_place = pack::in_place(&kernel, &a);
     // Pairs of bf16 take the room of one f32: the workspace is counted in floats either way.
     with_workspace(panels_b * size_b, |space_b| {
         let parts = Parts::new(space_b);
         let grain = if small { usize::MAX } else { (8192 / size_b.max(1)).max(1) };
         parallel_for(panels_b, grain, |range| {
-            for p in range {
-                // SAFETY: each panel belongs to one piece.
-                let panel = unsafe { parts.range(p * size_b..(p + 1) * size_b) };
-                pack::panel(&kernel, b.t(), p * nr, nr, panel);
-            }
+            // SAFETY: each panel belongs to one piece.
+            let panels = unsafe { parts.range(range.start * size_b..range.end * size_b) };
+            pack::panels(&kernel, b.t(), range.start * nr, nr, panels);
         });
         let space_b = &*space_b;
         let Split { groups, blocks } = Split::of(panels_a, panels_b, size_a * nr);
         let item = |item: usize| {
-            let (group, block) = (item % groups, item / groups);
+            let (group, block) = (item / blocks, item % blocks);
             let rows = panels_a * group / groups..panels_a * (group + 1) / groups;
             let columns = panels_b * block / blocks..panels_b * (block + 1) / blocks;
-            with_workspace(rows.len() * size_a, |space_a| {
-                let mut tile = Tile([0.0; TILE]);
-                let panel = |pa: usize| (pa - rows.start) * size_a..(pa + 1 - rows.start) * size_a;
-                for pa in rows.clone() {
-                    pack::panel(&kernel, a, pa * mr, mr, &mut space_a[panel(pa)]);
+            let packed = if in_place.is_some() { 0 } else { rows.len() * size_a };
+            with_workspace(packed, |space_a| {
+                if packed > 0 {
+                    pack::panels(&kernel, a, rows.start * mr, mr, space_a);
                 }
+                let mut tile = Tile([0.0; TILE]);
                 for pb in columns {
                     let panel_b = &space_b[pb * size_b..(pb + 1) * size_b];
                     for pa in rows.clone() {
-                        let panel_a = &space_a[panel(pa)];
                         let (row, col) = (pa * mr, pb * nr);
                         let size = [mr.min(m - row), nr.min(n - col)];
-                        if size == [mr, nr]
+                        let (rows_a, strides) = match &in_place {
+                            Some(a) => (&a.data[row * a.row_stride..], [a.row_stride, 1]),
+                            None => (&space_a[(pa - rows.start) * size_a..], [1, mr]),
+                        };
+                        let next = rows_a.as_ptr().wrapping_add(match &in_place {
+                            Some(a) => mr * a.row_stride,
+                            None => size_a,
+                        });
+                        if size[1] == nr
                             && let Some(c) = sink.direct(row, col, size)
                         {
                             let (stride, add) = (sink.row_stride, sink.epilogue.accumulate);
-                            // SAFETY: a whole tile of f32 in bounds, this item's alone.
+                            // SAFETY: whole rows of f32 in bounds, this item's alone.
                             unsafe {
-                                kernel.tile_at(steps, panel_a, [1, mr], panel_b, c, stride, add);
+                                kernel.tile_at(
+                                    size[0], steps, rows_a, strides, panel_b, c, stride, add, next,
+                                );
                             }
                         } else {
-                            kernel.tile(steps, panel_a, [1, mr], panel_b, &mut tile.0, nr, false);
+                            let c = &mut tile.0;
+                            kernel.tile(size[0], steps, rows_a, strides, panel_b, c, nr, false);
                             sink.store_tile([row, col], size, &tile.0, nr);
                         }
                     }

@@ -7,7 +7,43 @@ use super::micro::Kernel;
 use crate::float::Float;
 use crate::isa::simd;
 
-/// Packs rows `first .. first + width` of `a` (zeros beyond its end) in the kernel's format.
+/// `a` in words of a step each, if the kernel can read it where it lies: contiguous rows of which a
+/// tile does not crowd into few sets of the first-level cache.
+pub(super) fn in_place<'a, T: Float>(kernel: &Kernel, a: &Mat<'a, T>) -> Option<Mat<'a, f32>> {
+    let each = if kernel.pairs { 2 } else { 1 };
+    if size_of::<T>() * each != size_of::<f32>() || a.col_stride != 1 {
+        return None;
+    }
+    let whole = a.cols.is_multiple_of(each) && a.row_stride.is_multiple_of(each);
+    let stride = a.row_stride / each;
+    // 64 sets of 64 bytes, in which a panel of b needs a place too.
+    let mut lines = [0u8; 64];
+    for row in 0..kernel.mr {
+        lines[row * stride * size_of::<f32>() / 64 % 64] += 1;
+    }
+    if !whole || lines.iter().any(|n| *n > 7) {
+        return None;
+    }
+    let data = bytemuck::try_cast_slice(&a.data[..a.data.len() / each * each]).ok()?;
+    Some(Mat { data, rows: a.rows, cols: a.cols / each, row_stride: stride, col_stride: 1 })
+}
+
+/// Packs rows of `a` from `first` on as panels of `width` rows, as many as `out` holds, in the
+/// kernel's format; zeros beyond the last row.
+pub(crate) fn panels<T: Float>(
+    kernel: &Kernel,
+    a: Mat<'_, T>,
+    first: usize,
+    width: usize,
+    out: &mut [f32],
+) {
+    let size = kernel.panel(width, a.cols).max(1);
+    for (p, out) in out.chunks_exact_mut(size).enumerate() {
+        panel(kernel, a, first + p * width, width, out);
+    }
+}
+
+/// One panel.
 pub(crate) fn panel<T: Float>(
     kernel: &Kernel,
     a: Mat<'_, T>,
