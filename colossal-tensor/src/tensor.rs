@@ -98,6 +98,24 @@ impl Scope {
     /// # Errors
     /// [`Error::Divide`] unless the length is a multiple of [`Scope::sequence_multiple`].
     pub fn tokens(&self, seq: usize) -> Result<Vec<usize>> {
+        let mut own = self.token_order(seq)?;
+        for axis in self.wide_axes() {
+            if self.role(axis).is_some_and(|r| r.batch == Placement::Shard(1)) {
+                let (coord, (axis, ranks)) = (self.coord(axis), self.axis(axis));
+                if !own.len().is_multiple_of(ranks) {
+                    let what = "tokens of a sequence".into();
+                    return Err(Error::Divide { what, dim: 1, size: seq, axis, ranks });
+                }
+                let part = own.len() / ranks;
+                own = own[coord * part..][..part].to_vec();
+            }
+        }
+        Ok(own)
+    }
+
+    /// The tokens of a whole sequence in the order in which its slices hold them: zigzag gives
+    /// rank r of p the chunks r and 2p - 1 - r.
+    pub(crate) fn token_order(&self, seq: usize) -> Result<Vec<usize>> {
         let (mut ring, mut zigzags) = (1, false);
         for axis in self.wide_axes() {
             if let Some(Context::Ring { zigzag }) = self.role(axis).and_then(|r| r.context) {
@@ -105,33 +123,21 @@ impl Scope {
                 zigzags |= zigzag;
             }
         }
-        let cut = |what: &str, axis: String, ranks| Error::Divide {
-            what: what.into(),
-            dim: 1,
-            size: seq,
-            axis,
-            ranks,
-        };
-        let mut own: Vec<usize> = (0..seq).collect();
-        if zigzags {
-            if !seq.is_multiple_of(2 * ring) {
-                return Err(cut("zigzag chunks of a sequence", "ring".into(), 2 * ring));
-            }
-            let chunk = seq / (2 * ring);
-            let order = (0..ring).flat_map(|r| [r, 2 * ring - 1 - r]);
-            own = order.flat_map(|c| c * chunk..(c + 1) * chunk).collect();
+        if !zigzags {
+            return Ok((0..seq).collect());
         }
-        for axis in self.wide_axes() {
-            if self.role(axis).is_some_and(|r| r.batch == Placement::Shard(1)) {
-                let (name, ranks) = self.axis(axis);
-                if !own.len().is_multiple_of(ranks) {
-                    return Err(cut("tokens of a sequence", name, ranks));
-                }
-                let part = own.len() / ranks;
-                own = own[self.coord(axis) * part..][..part].to_vec();
-            }
+        if !seq.is_multiple_of(2 * ring) {
+            return Err(Error::Divide {
+                what: "zigzag chunks of a sequence".into(),
+                dim: 1,
+                size: seq,
+                axis: "ring".into(),
+                ranks: 2 * ring,
+            });
         }
-        Ok(own)
+        let chunk = seq / (2 * ring);
+        let order = (0..ring).flat_map(|r| [r, 2 * ring - 1 - r]);
+        Ok(order.flat_map(|c| c * chunk..(c + 1) * chunk).collect())
     }
 
     /// What the length of a sequence must be a multiple of: pad to it.

@@ -68,20 +68,21 @@ fn floats(map: BTreeMap<String, Owned>) -> BTreeMap<String, Vec<f32>> {
     map.into_iter().map(|(k, t)| (k, read(t))).collect()
 }
 
-fn train(world: &Group, plan: &Plan, config: &DecoderConfig) -> Outcome {
-    train_with(world, plan, config, optimizer())
+fn train(world: &Group, plan: &Plan, config: &DecoderConfig, rows: i32) -> Outcome {
+    train_with(world, plan, config, rows, optimizer())
 }
 
 pub(crate) fn train_with(
     world: &Group,
     plan: &Plan,
     config: &DecoderConfig,
+    rows: i32,
     optimizer: impl Into<Optimizer>,
 ) -> Outcome {
     let mut trainer = Trainer::new(world, plan, config, optimizer, 3).unwrap();
     let (mut losses, mut norms) = (vec![], vec![]);
     for step in 0..5 {
-        let report = trainer.step(&batch(step)).unwrap();
+        let report = trainer.step(&batch_of(rows, step)).unwrap();
         losses.push(report.loss);
         norms.push(report.grad_norm);
     }
@@ -152,29 +153,6 @@ fn grid(tensor: TensorMode, tp: usize, depth: usize, plan: Plan) -> Plan {
     Plan { tensor, tp, depth, ..plan }
 }
 
-#[test]
-fn every_plan_equals_one_device() {
-    for (name, config) in [("llama", llama()), ("gpt2", gpt2())] {
-        // GPT-2 trains with dropout: its masks depend on the place in the whole batch only.
-        let one = train(&Group::solo(), &Plan::default(), &config);
-        for plan in table() {
-            // Zigzag reorders tokens, and masks follow their order: only LLaMA has none.
-            if name == "gpt2" && plan.sp > 1 && plan.sequence_parallel != SequenceMode::AllToAll {
-                continue;
-            }
-            for outcome in on_ranks(plan.ranks(), |world| train(&world, &plan, &config)) {
-                let what = |k: &str| format!("{name} {plan:?} {k}");
-                close(&what("losses"), &outcome.losses, &one.losses, 2e-5);
-                close(&what("norms"), &outcome.norms, &one.norms, 1e-4);
-                // A key bias has no true gradient: AdamW makes steps of its rounding noise.
-                for (key, values) in &outcome.weights {
-                    close(&what(key), values, &one.weights[key], 2e-3);
-                }
-            }
-        }
-    }
-}
-
 /// Gradients of one loss, whole, under HF names.
 fn gradients(
     world: &Group,
@@ -207,39 +185,73 @@ fn gradients(
     (sum.item().unwrap(), floats(whole.unwrap()))
 }
 
-#[test]
-fn every_gradient_of_every_plan_equals_one_device() {
-    for (name, config) in [("llama", llama()), ("gpt2", gpt2())] {
-        let (loss, one) = gradients(&Group::solo(), &Plan::default(), &config, 8);
-        for plan in table() {
-            for (parallel_loss, grads) in
-                on_ranks(plan.ranks(), |w| gradients(&w, &plan, &config, 8))
-            {
-                assert!((parallel_loss - loss).abs() < 1e-5 * loss, "{name} {plan:?}");
-                for (key, values) in &grads {
-                    close(&format!("{name} {plan:?} {key}"), values, &one[key], 2e-5);
-                }
-            }
+/// Five steps and one gradient under a plan, against those of one device.
+fn equal(
+    name: &str,
+    plan: &Plan,
+    config: &DecoderConfig,
+    rows: i32,
+    whole: &Outcome,
+    (loss, one): &(f32, BTreeMap<String, Vec<f32>>),
+) {
+    let what = |key: &str| format!("{name} {plan:?} {key}");
+    for outcome in on_ranks(plan.ranks(), |world| train(&world, plan, config, rows)) {
+        close(&what("losses"), &outcome.losses, &whole.losses, 2e-5);
+        close(&what("norms"), &outcome.norms, &whole.norms, 1e-4);
+        assert_eq!(outcome.weights.len(), whole.weights.len());
+        // A key bias has no true gradient: AdamW makes steps of its rounding noise.
+        for (key, values) in &outcome.weights {
+            close(&what(key), values, &whole.weights[key], 2e-3);
+        }
+    }
+    for (parallel_loss, grads) in on_ranks(plan.ranks(), |w| gradients(&w, plan, config, rows)) {
+        assert!((parallel_loss - loss).abs() < 1e-5 * loss, "{}", what("loss"));
+        assert_eq!(grads.len(), one.len());
+        for (key, values) in &grads {
+            close(&what(key), values, &one[key], 2e-5);
         }
     }
 }
 
 #[test]
-fn grids_of_nine_and_twelve_ranks_have_the_gradients_of_one_device() {
-    let config = DecoderConfig::Llama(LlamaConfig {
+fn every_plan_equals_one_device() {
+    for (name, config) in [("llama", llama()), ("gpt2", gpt2())] {
+        // GPT-2 trains with dropout: its masks depend on sequence, token and width only.
+        let whole = train(&Group::solo(), &Plan::default(), &config, 8);
+        let one = gradients(&Group::solo(), &Plan::default(), &config, 8);
+        for plan in table() {
+            equal(name, &plan, &config, 8, &whole, &one);
+        }
+    }
+}
+
+/// A model whose dims divide by three as well.
+fn thirds(name: &str) -> DecoderConfig {
+    let base = LlamaConfig {
         num_key_value_heads: 6,
         max_position_embeddings: 32,
         intermediate_size: 48,
         ..LlamaConfig::sized(36, 24, 2, 6)
-    });
-    let (loss, one) = gradients(&Group::solo(), &Plan::default(), &config, 6);
-    for (tensor, tp, depth) in [(TensorMode::TwoD, 9, 1), (TensorMode::TwoAndAHalfD, 12, 3)] {
-        let plan = grid(tensor, tp, depth, Plan::default());
-        for (parallel_loss, grads) in on_ranks(tp, |w| gradients(&w, &plan, &config, 6)) {
-            assert!((parallel_loss - loss).abs() < 1e-5 * loss, "{tensor:?} on {tp}");
-            for (key, values) in &grads {
-                close(&format!("{tensor:?} on {tp} {key}"), values, &one[key], 2e-5);
-            }
+    };
+    match name {
+        "gpt2" => DecoderConfig::Gpt2(Gpt2Config {
+            n_positions: 32,
+            resid_pdrop: 0.1,
+            ..Gpt2Config::sized(36, 24, 2, 6)
+        }),
+        _ => DecoderConfig::Llama(base),
+    }
+}
+
+#[test]
+fn grids_of_nine_and_twelve_ranks_equal_one_device() {
+    for name in ["llama", "gpt2"] {
+        let config = thirds(name);
+        let whole = train(&Group::solo(), &Plan::default(), &config, 6);
+        let one = gradients(&Group::solo(), &Plan::default(), &config, 6);
+        for (tensor, tp, depth) in [(TensorMode::TwoD, 9, 1), (TensorMode::TwoAndAHalfD, 12, 3)] {
+            let plan = grid(tensor, tp, depth, Plan::default());
+            equal(&format!("{name} {tensor:?} on {tp}"), &plan, &config, 6, &whole, &one);
         }
     }
 }
@@ -269,22 +281,10 @@ fn every_plan_of_a_mixture_of_experts_equals_one_device() {
         context(RingAttn, 2, p(1, 2, 2, 0)),
     ];
     let config = mixtral();
-    let one = train(&Group::solo(), &Plan::default(), &config);
-    let (loss, serial) = gradients(&Group::solo(), &Plan::default(), &config, 8);
+    let whole = train(&Group::solo(), &Plan::default(), &config, 8);
+    let one = gradients(&Group::solo(), &Plan::default(), &config, 8);
     for plan in plans {
-        for outcome in on_ranks(plan.ranks(), |world| train(&world, &plan, &config)) {
-            close(&format!("{plan:?} losses"), &outcome.losses, &one.losses, 2e-5);
-            close(&format!("{plan:?} norms"), &outcome.norms, &one.norms, 1e-4);
-            for (key, values) in &outcome.weights {
-                close(&format!("{plan:?} {key}"), values, &one.weights[key], 1e-3);
-            }
-        }
-        for (parallel_loss, grads) in on_ranks(plan.ranks(), |w| gradients(&w, &plan, &config, 8)) {
-            assert!((parallel_loss - loss).abs() < 1e-5 * loss, "{plan:?}");
-            for (key, values) in &grads {
-                close(&format!("{plan:?} {key}"), values, &serial[key], 2e-5);
-            }
-        }
+        equal("mixtral", &plan, &config, 8, &whole, &one);
     }
 }
 
@@ -338,8 +338,8 @@ fn w01_every_sequence_mode_has_the_gradients_of_one_device_at_two_to_eight_ranks
 #[test]
 fn bf16_follows_f32_and_learns() {
     let plan = Plan { precision: Precision::Bf16, dp: 2, zero: 1, ..Plan::default() };
-    let one = train(&Group::solo(), &Plan::default(), &llama());
-    for outcome in on_ranks(2, |world| train(&world, &plan, &llama())) {
+    let one = train(&Group::solo(), &Plan::default(), &llama(), 8);
+    for outcome in on_ranks(2, |world| train(&world, &plan, &llama(), 8)) {
         close("bf16 losses", &outcome.losses, &one.losses, 2e-2);
     }
     let learnt = on_ranks(2, |world| {

@@ -1,6 +1,8 @@
 //! Dropout whose mask is a function of the seed and the position in the whole tensor.
 //!
-//! Nothing is saved: backward draws the same mask again. Every plan drops the same elements.
+//! Nothing is saved: backward draws the same mask again. Every plan drops the same elements: an
+//! element of a sequence is known by its row, its token and its place in the token's width, so
+//! neither padding behind a sequence nor the order in which zigzag holds tokens changes its fate.
 
 use super::produce;
 use crate::autograd::record;
@@ -46,13 +48,16 @@ fn mask(
     let scope = x.scope();
     // Global size and this rank's first index, per dim.
     let mut global = x.shape().to_vec();
-    let mut first = x.origin_under(placed);
-    first[0] += first_row;
+    let first = x.origin_under(placed);
+    let mut order = None;
     for axis in scope.wide_axes() {
-        if let Placement::Shard(dim) = placed[axis] {
-            global[dim] *= scope.axis(axis).1;
+        let Placement::Shard(dim) = placed[axis] else { continue };
+        global[dim] *= scope.axis(axis).1;
+        if dim == 1 && scope.role(axis).is_some_and(|role| role.context.is_some()) {
+            order = Some(axis);
         }
     }
+    let order = order.map(|_| scope.token_order(global[1])).transpose()?;
     let width = x.last_dim();
     produce(scope, x.shape(), x.dtype(), layout, |y| {
         float!("dropout", x.dtype(), T => {
@@ -61,7 +66,8 @@ fn mask(
             let rows = values.as_slice::<T>().chunks(width).zip(y.as_mut_slice::<T>().chunks_mut(width));
             let keep = 1.0 / (1.0 - p);
             for (row, (x_row, y_row)) in rows.enumerate() {
-                let base = global_index(row, x.shape(), &global, &first);
+                let (outer, base) = place(row, x.shape(), &global, &first, order.as_deref());
+                let stream = stream.child((first_row + outer) as u64);
                 for (i, (v, out)) in x_row.iter().zip(y_row).enumerate() {
                     let dropped = stream.uniform((base + i) as u64) < f64::from(p);
                     let scaled = if dropped { 0.0 } else { <T as Float>::to_f32(*v) * keep };
@@ -73,14 +79,28 @@ fn mask(
     })
 }
 
-/// The position in the whole tensor of the first element of local row `row`.
-fn global_index(mut row: usize, shape: &[usize], global: &[usize], first: &[usize]) -> usize {
-    let Some(last) = shape.len().checked_sub(1) else { return 0 };
+/// Where local row `row` begins in the whole tensor: its outermost index, and its place among the
+/// elements of that index. `order` says which token each place of a sequence holds.
+fn place(
+    mut row: usize,
+    shape: &[usize],
+    global: &[usize],
+    first: &[usize],
+    order: Option<&[usize]>,
+) -> (usize, usize) {
+    let Some(last) = shape.len().checked_sub(1) else { return (0, 0) };
+    if last == 0 {
+        return (0, first[0]);
+    }
     let (mut index, mut stride) = (first[last], global[last]);
-    for dim in (0..last).rev() {
-        index += (first[dim] + row % shape[dim]) * stride;
+    for dim in (1..last).rev() {
+        let mut at = first[dim] + row % shape[dim];
+        if let (1, Some(order)) = (dim, order) {
+            at = order[at];
+        }
+        index += at * stride;
         row /= shape[dim];
         stride *= global[dim];
     }
-    index
+    (first[0] + row, index)
 }

@@ -1,0 +1,303 @@
+//! Tokens on their way to the ranks that have their experts, and back: calls `comm`.
+
+use std::sync::Arc;
+
+use colossal_comm::Group;
+use colossal_kernels::{self as kernels, Float};
+
+use super::Routing;
+use crate::autograd::{pretended, record};
+use crate::dtype::{Element, float};
+use crate::error::{Error, Result, comm};
+use crate::ops::produce;
+use crate::placement::Placement::{self, Invariant, Partial, Replicate, Shard};
+use crate::propagate::propagate;
+use crate::storage::Buffer;
+use crate::tensor::{Scope, Tensor};
+
+impl Tensor {
+    /// Rows `[rows, h]` of the tokens `[.., h]`, sorted by expert, at the ranks of `journey`.
+    pub fn dispatch(&self, journey: &Arc<Journey>) -> Result<Tensor> {
+        let last = self.shape().len() - 1;
+        let layout = propagate("dispatch", &[self], |p| match p[0] {
+            Shard(d) if d < last => Some(Shard(0)),
+            Replicate | Invariant => Some(p[0]),
+            _ => None,
+        })?;
+        let width = self.last_dim();
+        let shape = [journey.rows, width];
+        if self.rows() * journey.k != journey.choices {
+            let right = [journey.choices / journey.k.max(1), width];
+            return Err(Error::shape("dispatch", self.shape(), &right, "tokens that were routed"));
+        }
+        journey.pretend_to_send("dispatch", self.scope(), width * self.dtype().bytes());
+        let y = produce(self.scope(), &shape, self.dtype(), layout, |y| {
+            float!("dispatch", self.dtype(), T => {
+                let x = self.read::<T>()?;
+                let x = x.as_slice::<T>();
+                let leaving: Vec<T> = journey
+                    .order
+                    .iter()
+                    .flat_map(|i| &x[*i as usize / journey.k * width..][..width])
+                    .copied()
+                    .collect();
+                journey.there(&leaving, width, y.as_mut_slice())
+            })
+        })?;
+        let (shape, layout, journey) =
+            (self.shape().to_vec(), self.layout().dual(), journey.clone());
+        Ok(record("dispatch", y, &[self], move |dy, back| {
+            let dx = produce(dy.scope(), &shape, dy.dtype(), layout, |dx| {
+                float!("dispatch", dy.dtype(), T => {
+                    let rows = journey.back(dy.read::<T>()?.as_slice::<T>(), width)?;
+                    let mut sum = vec![0.0f32; dx.bytes() / size_of::<T>()];
+                    for (i, row) in journey.order.iter().zip(rows.chunks(width)) {
+                        let to = &mut sum[*i as usize / journey.k * width..][..width];
+                        kernels::add_into(row, to);
+                    }
+                    kernels::cast(&sum, dx.as_mut_slice::<T>());
+                    Ok(())
+                })
+            })?;
+            back.give(0, dx)
+        }))
+    }
+
+    /// Rows `[rows, h]` back at their tokens: `sum over k of weight * row`. `weights [.., k]`.
+    pub fn combine_rows(&self, weights: &Tensor, journey: &Arc<Journey>) -> Result<Tensor> {
+        let (width, last) = (self.last_dim(), weights.shape().len() - 1);
+        let layout = propagate("combine", &[self, weights], |p| match (p[0], p[1]) {
+            (Shard(0), Shard(d)) if d < last => Some(Shard(d)),
+            (Partial, Replicate) => Some(Partial),
+            (Replicate, Replicate) => Some(Replicate),
+            (Invariant, Invariant) => Some(Invariant),
+            _ => None,
+        })?;
+        let mut shape = weights.shape().to_vec();
+        shape[last] = width;
+        let tokens = weights.rows();
+        let k = journey.k;
+        let (scope, dtype) = (self.scope().clone(), self.dtype());
+        if scope.is_fake() {
+            journey.pretend_to_send("combine", &scope, width * dtype.bytes());
+            let y = Tensor::pretend(&scope, &shape, dtype, layout);
+            // The rows that came back are kept, as many as there are here.
+            let rows = Tensor::pretend(&scope, self.shape(), dtype, self.layout());
+            return Ok(pretended("combine", y, &[self, weights], &[&rows, weights]));
+        }
+        let w = weights.to_vec()?;
+        let (y, rows) = float!("combine", dtype, T => {
+            let rows = journey.back(self.read::<T>()?.as_slice::<T>(), width)?;
+            let mut sum = vec![0.0f32; tokens * width];
+            for (i, row) in journey.order.iter().zip(rows.chunks(width)) {
+                let (i, to) = (*i as usize, *i as usize / k * width);
+                for (s, x) in sum[to..to + width].iter_mut().zip(row) {
+                    *s += w[i] * <T as Float>::to_f32(*x);
+                }
+            }
+            let y = produce(&scope, &shape, dtype, layout, |y| {
+                kernels::cast(&sum, y.as_mut_slice::<T>());
+                Ok(())
+            })?;
+            Ok((y, Buffer::from_slice(&rows)))
+        })?;
+        let (row_layout, row_shape) = (self.layout().dual(), self.shape().to_vec());
+        let (weight_layout, weight_shape) = (weights.layout().dual(), weights.shape().to_vec());
+        let journey = journey.clone();
+        Ok(record("combine", y, &[self, weights], move |dy, back| {
+            let mut dw = vec![0.0f32; w.len()];
+            let dx = produce(&scope, &row_shape, dtype, row_layout, |dx| {
+                float!("combine", dtype, T => {
+                    let dy = dy.read::<T>()?;
+                    let dy = dy.as_slice::<T>();
+                    let mut leaving = Vec::with_capacity(journey.order.len() * width);
+                    let came = rows.as_slice::<T>().chunks(width);
+                    for (i, row) in journey.order.iter().zip(came) {
+                        let (i, at) = (*i as usize, *i as usize / k * width);
+                        let dy = dy[at..at + width].iter().map(|x| <T as Float>::to_f32(*x));
+                        let products = dy.clone().zip(row).map(|(d, x)| d * <T as Float>::to_f32(*x));
+                        dw[i] = products.sum();
+                        leaving.extend(dy.map(|d| <T as Float>::from_f32(d * w[i])));
+                    }
+                    journey.there(&leaving, width, dx.as_mut_slice())
+                })
+            })?;
+            back.give(1, Tensor::from_slice(&scope, &dw, &weight_shape, weight_layout)?)?;
+            back.give(0, dx)
+        }))
+    }
+}
+
+/// Where the rows of a batch of tokens go, and how they come back.
+#[derive(Debug)]
+pub struct Journey {
+    k: usize,
+    choices: usize,
+    /// Places in the choice that leave, sorted by expert: token `i / k`.
+    order: Vec<u32>,
+    /// Rows to each rank, and from each.
+    sent: Vec<usize>,
+    got: Vec<usize>,
+    /// For each row here, sorted by expert: its place among the rows as they arrived.
+    arrived: Vec<u32>,
+    /// First row of each expert of this rank, and the end.
+    pub(super) starts: Vec<usize>,
+    pub(super) rows: usize,
+    /// The ranks among which the experts are cut, and their axis.
+    group: Option<Group>,
+    axis: Option<usize>,
+    /// Choices of each expert (all of them), before capacity, of this rank's tokens.
+    load: Vec<usize>,
+}
+
+impl Journey {
+    /// The journey of tokens with this choice `[.., k]` to experts whose weights are laid out as
+    /// `weight [experts, ..]` is. Ranks that share experts tell each other how many rows come.
+    pub fn new(choice: &Tensor, routing: &Routing, weight: &Tensor) -> Result<Arc<Journey>> {
+        let (experts, k) = (routing.experts, routing.top_k);
+        let scope = choice.scope();
+        let axis = Journey::axis(scope, choice, weight)?;
+        let own = weight.shape()[0];
+        if scope.is_fake() {
+            let rows = choice.len();
+            let starts = (0..=own).map(|e| rows * e / own.max(1)).collect();
+            return Ok(Arc::new(Journey {
+                k,
+                choices: choice.len(),
+                order: vec![],
+                sent: vec![],
+                got: vec![],
+                arrived: vec![],
+                starts,
+                rows,
+                group: None,
+                axis,
+                load: vec![],
+            }));
+        }
+        let group = axis
+            .map(|axis| scope.mesh().group(&scope.axis(axis).0).cloned())
+            .transpose()
+            .map_err(comm)?;
+        let choice = choice.to_vec_of::<i32>()?;
+        let mut by_expert: Vec<Vec<u32>> = vec![vec![]; experts];
+        for (i, e) in choice.iter().enumerate() {
+            by_expert[*e as usize].push(i as u32);
+        }
+        let load = by_expert.iter().map(Vec::len).collect();
+        if let Some(factor) = routing.capacity {
+            let room = (factor * choice.len() as f32 / experts as f32).ceil() as usize;
+            by_expert.iter_mut().for_each(|rows| rows.truncate(room));
+        }
+        let counts: Vec<u64> = by_expert.iter().map(|rows| rows.len() as u64).collect();
+        let ranks = group.as_ref().map_or(1, Group::world_size);
+        let mut coming = vec![0u64; counts.len()];
+        match &group {
+            Some(group) => group.all_to_all(&counts, &mut coming).map_err(comm)?,
+            None => coming.copy_from_slice(&counts),
+        }
+        // Rows arrive by rank and, within, by expert; they are wanted by expert.
+        let at = |rank: usize, e: usize| coming[..rank * own + e].iter().sum::<u64>() as u32;
+        let (mut arrived, mut starts) = (vec![], vec![0]);
+        for e in 0..own {
+            for rank in 0..ranks {
+                let first = at(rank, e);
+                arrived.extend(first..first + coming[rank * own + e] as u32);
+            }
+            starts.push(arrived.len());
+        }
+        let by_rank = |counts: &[u64]| -> Vec<usize> {
+            counts.chunks(own).map(|c| c.iter().sum::<u64>() as usize).collect()
+        };
+        Ok(Arc::new(Journey {
+            k,
+            choices: choice.len(),
+            order: by_expert.concat(),
+            sent: by_rank(&counts),
+            got: by_rank(&coming),
+            rows: arrived.len(),
+            arrived,
+            starts,
+            group,
+            axis,
+            load,
+        }))
+    }
+
+    /// The axis that cuts the experts; tokens must be cut along it too.
+    fn axis(scope: &Scope, choice: &Tensor, weight: &Tensor) -> Result<Option<usize>> {
+        let cut: Vec<usize> =
+            scope.wide_axes().filter(|a| weight.layout()[*a] == Shard(0)).collect();
+        match cut[..] {
+            [] => Ok(None),
+            [axis] if matches!(choice.layout()[axis], Placement::Shard(_)) => Ok(Some(axis)),
+            [axis] => Err(Error::Layout {
+                op: "dispatch",
+                axis: scope.axis(axis).0,
+                operands: vec![choice.layout()[axis], Shard(0)],
+            }),
+            _ => Err(Error::Other("dispatch: experts may be cut along one axis only".into())),
+        }
+    }
+
+    /// Enters a way there and the gradient's way back in the account of a pretended mesh, with
+    /// experts evenly used: rows of so many bytes.
+    fn pretend_to_send(&self, op: &'static str, scope: &Scope, row: usize) {
+        if let Some(axis) = self.axis {
+            let ranks = scope.axis(axis).1;
+            let sent = self.rows * row * (ranks - 1) / ranks;
+            scope.sends(op, axis, sent, sent);
+        }
+    }
+
+    /// Choices of each expert by this rank's tokens, dropped ones included.
+    pub fn load(&self) -> &[usize] {
+        &self.load
+    }
+
+    /// Rows that no expert had room for.
+    pub fn dropped(&self) -> usize {
+        self.choices - self.order.len()
+    }
+
+    /// Calls `f(expert, first row, rows)` for each expert of this rank that has rows.
+    pub(super) fn each(&self, mut f: impl FnMut(usize, usize, usize)) {
+        for (e, ends) in self.starts.windows(2).enumerate() {
+            if ends[1] > ends[0] {
+                f(e, ends[0], ends[1] - ends[0]);
+            }
+        }
+    }
+
+    /// Rows in `order` to rows sorted by expert, at the experts.
+    fn there<T: Element>(&self, leaving: &[T], width: usize, to: &mut [T]) -> Result<()> {
+        let arrived;
+        let rows = match &self.group {
+            None => leaving,
+            Some(group) => {
+                let counts: Vec<usize> = self.sent.iter().map(|n| n * width).collect();
+                arrived = group.all_to_all_v(leaving, &counts).map_err(comm)?.0;
+                &arrived
+            }
+        };
+        for (to, from) in to.chunks_mut(width).zip(&self.arrived) {
+            to.copy_from_slice(&rows[*from as usize * width..][..width]);
+        }
+        Ok(())
+    }
+
+    /// Rows sorted by expert to rows in `order`, at the tokens.
+    fn back<T: Element>(&self, rows: &[T], width: usize) -> Result<Vec<T>> {
+        let mut leaving = vec![T::zeroed(); rows.len()];
+        for (from, to) in rows.chunks(width).zip(&self.arrived) {
+            leaving[*to as usize * width..][..width].copy_from_slice(from);
+        }
+        match &self.group {
+            None => Ok(leaving),
+            Some(group) => {
+                let counts: Vec<usize> = self.got.iter().map(|n| n * width).collect();
+                Ok(group.all_to_all_v(&leaving, &counts).map_err(comm)?.0)
+            }
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! Routers: which experts a token goes to, with which weights, and what keeps them evenly used.
+
+use colossal_comm::ReduceOp;
+use colossal_kernels as kernels;
+
+use crate::autograd::{pretended, record};
+use crate::dtype::{Dtype, float};
+use crate::error::{Error, Result, comm};
+use crate::ops::produce;
+use crate::placement::Placement::Shard;
+use crate::propagate::propagate;
+use crate::tensor::Tensor;
+
+/// How a router turns logits into scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Score {
+    /// Softmax over all experts (Switch, Mixtral).
+    #[default]
+    Softmax,
+    /// A sigmoid for each expert (DeepSeek-V3).
+    Sigmoid,
+}
+
+/// How tokens choose experts, and what keeps the choice balanced.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Routing {
+    /// Experts.
+    pub experts: usize,
+    /// Experts of each token.
+    pub top_k: usize,
+    /// How logits become scores.
+    pub score: Score,
+    /// The weights of a token's experts sum to one (before `scale`).
+    pub normalize: bool,
+    /// Factor of the weights.
+    pub scale: f32,
+    /// Experts lie in so many equal groups, of which a token chooses the `top_groups` whose two
+    /// best experts score highest, and then among their experts only (DeepSeek-V3).
+    pub groups: usize,
+    /// Groups that a token may use.
+    pub top_groups: usize,
+    /// Room of each expert, as a multiple of its even share of a rank's tokens; what is over is
+    /// dropped, later tokens first. `None` drops nothing.
+    pub capacity: Option<f32>,
+    /// Weight of the load-balancing loss `E Σ f_e P_e`: the share of tokens that chose an expert
+    /// times its mean probability (Switch; Fedus et al., 2021).
+    pub auxiliary: f32,
+    /// Weight of the router z-loss, the mean of `logsumexp²` (ST-MoE; Zoph et al., 2022).
+    pub z: f32,
+}
+
+impl Routing {
+    /// Top-k of a softmax, weights normalised, dropless, no auxiliary losses: Mixtral's.
+    pub fn top_k(experts: usize, top_k: usize) -> Routing {
+        Routing {
+            experts,
+            top_k,
+            score: Score::Softmax,
+            normalize: true,
+            scale: 1.0,
+            groups: 1,
+            top_groups: 1,
+            capacity: None,
+            auxiliary: 0.0,
+            z: 0.0,
+        }
+    }
+
+    /// Does it hold together?
+    pub fn validate(&self) -> Result<()> {
+        let refuse = |text: String| Err(Error::Other(format!("routing: {text}")));
+        let Routing { experts, top_k, groups, top_groups, .. } = *self;
+        if groups == 0 || !experts.is_multiple_of(groups) || !(1..=groups).contains(&top_groups) {
+            return refuse(format!(
+                "{experts} experts do not lie in {groups} groups of which {top_groups} are chosen"
+            ));
+        }
+        let available = experts / groups * top_groups;
+        if !(1..=available).contains(&top_k) {
+            return refuse(format!(
+                "top_k {top_k} must be 1 to {available}, the experts to choose from"
+            ));
+        }
+        Ok(())
+    }
+
+    /// The experts of a token, best first.
+    fn choose(&self, scores: &[f32], bias: Option<&[f32]>, chosen: &mut Vec<usize>) {
+        let at = |e: usize| scores[e] + bias.map_or(0.0, |b| b[e]);
+        let best = |a: &usize, b: &usize| at(*b).total_cmp(&at(*a)).then(a.cmp(b));
+        chosen.clear();
+        let size = self.experts / self.groups;
+        if self.top_groups < self.groups {
+            let value = |g: usize| {
+                let mut own: Vec<f32> = (g * size..(g + 1) * size).map(at).collect();
+                own.sort_by(|a, b| b.total_cmp(a));
+                own.iter().take(2).sum::<f32>()
+            };
+            let mut order: Vec<(f32, usize)> = (0..self.groups).map(|g| (value(g), g)).collect();
+            order.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            for (_, g) in &order[..self.top_groups] {
+                chosen.extend(g * size..(g + 1) * size);
+            }
+        } else {
+            chosen.extend(0..self.experts);
+        }
+        chosen.sort_by(best);
+        chosen.truncate(self.top_k);
+    }
+}
+
+impl Tensor {
+    /// Weights `[.., k]` in f32 and experts `[.., k]` of each token, from logits `[.., experts]`.
+    ///
+    /// `bias` is added to scores in the choice only, not in the weights (DeepSeek-V3's balancing
+    /// without a loss). The gradients of the auxiliary losses are added to that of the logits,
+    /// multiplied by `share`; their values are over the tokens of all ranks.
+    pub fn route(
+        &self,
+        routing: &Routing,
+        bias: Option<&[f32]>,
+        share: f32,
+    ) -> Result<(Tensor, Tensor)> {
+        routing.validate()?;
+        let (experts, k) = (routing.experts, routing.top_k);
+        let fits = self.last_dim() == experts && bias.is_none_or(|b| b.len() == experts);
+        if !fits {
+            let right = [experts, bias.map_or(experts, <[f32]>::len)];
+            let reason = "logits are [.., experts], and there is one bias for each";
+            return Err(Error::shape("route", self.shape(), &right, reason));
+        }
+        let last = self.shape().len() - 1;
+        let layout = propagate("route", &[self], crate::propagate::rowwise(last))?;
+        let mut shape = self.shape().to_vec();
+        shape[last] = k;
+        if self.scope().is_fake() {
+            let scope = self.scope();
+            for axis in scope.wide_axes().filter(|a| share != 0.0 && matches!(layout[*a], Shard(_)))
+            {
+                let n = scope.axis(axis).1;
+                scope.sends("route", axis, 2 * (4 * (experts + 1) * (n - 1) / n), 0);
+            }
+            let weights = Tensor::pretend(scope, &shape, Dtype::F32, layout);
+            let choice = Tensor::pretend(scope, &shape, Dtype::I32, layout);
+            return Ok((pretended("route", weights, &[self], &[self, &choice]), choice));
+        }
+        let mut scores = self.to_vec()?;
+        let logits = (routing.z > 0.0).then(|| scores.clone());
+        let tokens = scores.len() / experts;
+        for row in scores.chunks_mut(experts) {
+            match routing.score {
+                Score::Softmax => {
+                    softmax(row);
+                }
+                Score::Sigmoid => row.iter_mut().for_each(|x| *x = 1.0 / (1.0 + (-*x).exp())),
+            }
+        }
+        let mut choice = Vec::with_capacity(tokens * k);
+        let mut weights = Vec::with_capacity(tokens * k);
+        let mut chosen = Vec::with_capacity(experts);
+        for row in scores.chunks(experts) {
+            routing.choose(row, bias, &mut chosen);
+            let sum: f32 = chosen.iter().map(|e| row[*e]).sum();
+            let factor = if routing.normalize { routing.scale / sum } else { routing.scale };
+            weights.extend(chosen.iter().map(|e| row[*e] * factor));
+            choice.extend(chosen.iter().map(|e| *e as i32));
+        }
+        let choice = Tensor::from_slice(self.scope(), &choice, &shape, layout)?;
+        let weights = Tensor::from_slice(self.scope(), &weights, &shape, layout)?;
+        // The tokens of all ranks, and how many of them chose each expert.
+        let losses = share != 0.0 && (routing.auxiliary != 0.0 || routing.z != 0.0);
+        let mut counts = vec![0.0f32; experts + 1];
+        if losses {
+            counts[experts] = tokens as f32;
+            for e in choice.read::<i32>()?.as_slice::<i32>() {
+                counts[*e as usize] += 1.0;
+            }
+            for axis in self.scope().wide_axes() {
+                if matches!(layout[axis], Shard(_)) {
+                    let group = self.scope().mesh().group(&self.scope().axis(axis).0);
+                    group.and_then(|g| g.all_reduce(&mut counts, ReduceOp::Sum)).map_err(comm)?;
+                }
+            }
+        }
+        let (scope, shape, dtype) = (self.scope().clone(), self.shape().to_vec(), self.dtype());
+        let (routing, saved) = (routing.clone(), choice.clone());
+        let weights = record("route", weights, &[self], move |dw, back| {
+            let dw = dw.to_vec()?;
+            let choice = saved.read::<i32>()?;
+            let mut grad = vec![0.0; scores.len()];
+            let total = counts[experts];
+            for t in 0..tokens {
+                let row = &scores[t * experts..(t + 1) * experts];
+                let grad = &mut grad[t * experts..(t + 1) * experts];
+                let chosen = &choice.as_slice::<i32>()[t * k..(t + 1) * k];
+                let dw = &dw[t * k..(t + 1) * k];
+                // With respect to the scores.
+                let sum: f32 = chosen.iter().map(|e| row[*e as usize]).sum();
+                let mean: f32 = chosen.iter().zip(dw).map(|(e, d)| row[*e as usize] * d).sum();
+                for (e, d) in chosen.iter().zip(dw) {
+                    grad[*e as usize] += match routing.normalize {
+                        true => routing.scale / sum * (d - mean / sum),
+                        false => routing.scale * d,
+                    };
+                }
+                if losses && routing.auxiliary != 0.0 {
+                    // Probabilities are the scores over their sum, which is 1 for a softmax.
+                    let all: f32 = row.iter().sum();
+                    let factor = share * routing.auxiliary * experts as f32 / (total * total);
+                    let mean: f32 = row.iter().zip(&counts).map(|(s, c)| s * c).sum::<f32>() / all;
+                    for (g, c) in grad.iter_mut().zip(&counts) {
+                        *g += factor * (c - mean) / all;
+                    }
+                }
+                // Through the scores.
+                match routing.score {
+                    Score::Softmax => {
+                        let mean: f32 = row.iter().zip(&*grad).map(|(p, g)| p * g).sum();
+                        grad.iter_mut().zip(row).for_each(|(g, p)| *g = p * (*g - mean));
+                    }
+                    Score::Sigmoid => {
+                        grad.iter_mut().zip(row).for_each(|(g, s)| *g *= s * (1.0 - s));
+                    }
+                }
+                if let Some(logits) = logits.as_ref().filter(|_| losses) {
+                    let mut p = logits[t * experts..(t + 1) * experts].to_vec();
+                    let factor = 2.0 * share * routing.z * softmax(&mut p) / total;
+                    grad.iter_mut().zip(&p).for_each(|(g, p)| *g += factor * p);
+                }
+            }
+            let layout = layout.dual();
+            back.give(
+                0,
+                produce(&scope, &shape, dtype, layout, |dx| {
+                    float!("route", dtype, T => {
+                        kernels::cast(&grad, dx.as_mut_slice::<T>());
+                        Ok(())
+                    })
+                })?,
+            )
+        });
+        Ok((weights, choice))
+    }
+}
+
+/// In place; returns the log-sum-exp.
+fn softmax(row: &mut [f32]) -> f32 {
+    let max = row.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
+    let sum: f32 = row.iter().map(|x| (x - max).exp()).sum();
+    let lse = max + sum.ln();
+    row.iter_mut().for_each(|x| *x = (*x - lse).exp());
+    lse
+}
