@@ -16,6 +16,7 @@ use colossal_models::mixtral::MixtralConfig;
 use colossal_models::train::{Batch, Plan, SequenceMode, TensorMode, lm_loss};
 use colossal_models::{CausalLm, Decoder, DecoderConfig, Training, hf};
 use colossal_tensor::fake::{self, Report};
+use colossal_tensor::moe::Balance;
 use colossal_tensor::random::Stream;
 use colossal_tensor::{Placement, Region, Role, Stack};
 
@@ -93,7 +94,7 @@ pub fn check(config: &DecoderConfig, plan: &Plan, batch: usize, seq: usize) -> R
     let training = Training {
         dropout: Stream::new(0, 0),
         first_row: 0,
-        share: 1.0 / plan.microbatches as f32,
+        balance: Balance::new(1.0 / plan.microbatches as f32),
     };
     Ok(fake::check(&plan.axes(), plan.sharding(), plan.precision.dtype(), |params| {
         let stack = Stack::build::<Decoder>(params, config)?.recompute(plan.recompute);
@@ -117,7 +118,7 @@ fn model(name: &str) -> Result<DecoderConfig> {
     };
     let gpt = |width, layers, heads| Gpt2Config {
         n_positions: 2048,
-        ..Gpt2Config::sized(50_257usize.next_multiple_of(128), width, layers, heads)
+        ..Gpt2Config::sized(50_257, width, layers, heads)
     };
     Ok(match name {
         "llama2-7b" => DecoderConfig::Llama(llama(32_000, 4096, 11_008, 32, 32, 32, 4096)),

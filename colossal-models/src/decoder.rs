@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use colossal_tensor::moe::Balance;
 use colossal_tensor::random::Stream;
 use colossal_tensor::{
     AttentionMask, Dtype, Error, KvCache, Layer, Model, Params, Region, Result, Scope, Stack,
@@ -26,19 +27,21 @@ pub struct Tokens {
     pub cache: Option<(Mutex<KvCache>, Vec<i32>)>,
     /// The head reads only this position of each sequence.
     pub head_at: Option<Vec<usize>>,
+    /// 1 for real tokens and 0 for padding, laid out as `ids`; all are real if `None`.
+    pub real: Option<Tensor>,
     /// What is different while training; `None` turns dropout and auxiliary losses off.
     pub training: Option<Training>,
 }
 
 /// What a layer must know of the training step it is part of.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Training {
     /// Dropout masks of this step.
     pub dropout: Stream,
     /// Where the first sequence (of all ranks) lies in the step's batch.
     pub first_row: usize,
-    /// Weight of auxiliary losses: 1 over the number of microbatches.
-    pub share: f32,
+    /// What the routers of a mixture of experts see in this microbatch, and their losses.
+    pub balance: Arc<Balance>,
 }
 
 impl Tokens {
@@ -53,6 +56,7 @@ impl Tokens {
             mask: AttentionMask::causal(),
             cache: None,
             head_at: None,
+            real: None,
             training: None,
         })
     }
@@ -61,6 +65,8 @@ impl Tokens {
     pub fn padded(scope: &Scope, ids: &[i32], seq: usize, lengths: Vec<i32>) -> Result<Tokens> {
         let mut tokens = Tokens::new(scope, ids, seq)?;
         if lengths.iter().any(|l| *l as usize != seq) {
+            let real = lengths.iter().flat_map(|n| (0..seq as i32).map(move |t| i32::from(t < *n)));
+            tokens.real = Some(tokens.ids.same_place(&real.collect::<Vec<_>>())?);
             tokens.mask.lengths = Some(Arc::new(lengths));
         }
         Ok(tokens)

@@ -84,6 +84,7 @@ pub fn generate(
         // Which prompt each row of the batch is.
         let mut rows: Vec<usize> = (0..prompts.len()).collect();
         let mut step: Vec<Vec<i32>> = prompts.to_vec();
+        let entries = model.config.vocab_size();
         loop {
             let (logits, back) = forward(model, &step, cache)?;
             cache = back;
@@ -94,7 +95,8 @@ pub fn generate(
                 let completion = &mut done[*row];
                 let position = completion.ids.len() as u64;
                 let draw = Stream::new(sampling.seed, *row as u64).uniform(position);
-                let (token, logprob) = choose(logits, sampling, draw);
+                // A plan may have filled up the vocabulary.
+                let (token, logprob) = choose(&logits[..entries], sampling, draw);
                 completion.ids.push(token);
                 completion.logprobs.push(logprob);
                 on_token(*row, token);
@@ -136,6 +138,7 @@ fn forward(model: &CausalLm, new: &[Vec<i32>], cache: KvCache) -> Result<(Vec<f3
         mask: AttentionMask::causal(),
         cache: Some((Mutex::new(cache), added.clone())),
         head_at: Some(new.iter().map(|n| n.len() - 1).collect()),
+        real: None,
         training: None,
     });
     let logits = model.stack.forward(&tokens)?.redistribute(Region::Whole)?.to_vec()?;

@@ -114,7 +114,8 @@ struct Block {
 
 impl Block {
     fn new(p: &Params, c: &Gpt2Config, index: usize) -> Result<Block> {
-        let (embed, heads, mlp) = (Embed(c.n_embd), Heads(c.n_embd), Mlp(c.n_inner));
+        let (embed, mlp) = (Embed(c.n_embd), Mlp(c.n_inner));
+        let heads = Heads(c.n_head, c.n_embd / c.n_head);
         let (attn, ffn) = (p.at("attn"), p.at("mlp"));
         let residual = Init::Normal(0.02 / (2.0 * c.n_layer as f32).sqrt());
         Ok(Block {
@@ -179,7 +180,7 @@ impl Layer<Tokens> for Final {
 }
 
 fn drop_out(tokens: &Tokens, x: Tensor, p: f32, place: usize) -> Result<Tensor> {
-    match tokens.training {
+    match &tokens.training {
         Some(t) if p > 0.0 => x.dropout(p, t.dropout.child(place as u64), t.first_row),
         _ => Ok(x),
     }

@@ -138,7 +138,7 @@ pub(crate) struct Attention {
 impl Attention {
     pub(crate) fn new(p: &Params, c: &LlamaConfig, index: usize) -> Result<Attention> {
         let embed = Embed(c.hidden_size);
-        let q = Heads(c.num_attention_heads * c.head_dim);
+        let q = Heads(c.num_attention_heads, c.head_dim);
         let kv = KvHeads(c.num_key_value_heads, c.head_dim);
         let bias = c.attention_bias;
         Ok(Attention {

@@ -28,8 +28,14 @@ pub struct MixtralConfig {
     pub num_local_experts: usize,
     /// Experts of a token.
     pub num_experts_per_tok: usize,
-    /// Weight of the load-balancing loss, of each layer, in training.
+    /// Weight of the load-balancing loss in training, over all layers together as transformers
+    /// has it.
     pub router_aux_loss_coef: f32,
+    /// Weight of the router z-loss in training; 0 in published files.
+    pub router_z_loss_coef: f32,
+    /// Balancing without a loss (DeepSeek-V3): how far the bias of an expert's score moves after
+    /// each step. 0, as in published files: there is no bias.
+    pub router_bias_update_rate: f32,
 }
 
 impl MixtralConfig {
@@ -40,6 +46,8 @@ impl MixtralConfig {
             num_local_experts: experts,
             num_experts_per_tok: 2,
             router_aux_loss_coef: 0.001,
+            router_z_loss_coef: 0.0,
+            router_bias_update_rate: 0.0,
         }
     }
 }
@@ -71,6 +79,7 @@ struct Block {
     attn: Attention,
     moe_norm: RmsNorm,
     moe: Moe,
+    bias_rate: f32,
 }
 
 impl Block {
@@ -78,14 +87,17 @@ impl Block {
         let (embed, eps) = (Embed(c.base.hidden_size), c.base.rms_norm_eps);
         let routing = Routing {
             auxiliary: c.router_aux_loss_coef,
+            z: c.router_z_loss_coef,
             ..Routing::top_k(c.num_local_experts, c.num_experts_per_tok)
         };
-        let width = c.base.intermediate_size;
+        let (width, bias_rate) = (c.base.intermediate_size, c.router_bias_update_rate);
+        let p_moe = p.at("block_sparse_moe");
         Ok(Block {
             attn_norm: RmsNorm::new(&p.at("input_layernorm"), embed, eps)?,
             attn: Attention::new(&p.at("self_attn"), &c.base, index)?,
             moe_norm: RmsNorm::new(&p.at("post_attention_layernorm"), embed, eps)?,
-            moe: Moe::new(&p.at("block_sparse_moe"), embed, width, routing, None, false)?,
+            moe: Moe::new(&p_moe, embed, width, routing, None, bias_rate > 0.0)?,
+            bias_rate,
         })
     }
 }
@@ -94,7 +106,16 @@ impl Layer<Tokens> for Block {
     fn forward(&self, tokens: &Tokens, flow: &Flow) -> Result<Flow> {
         let x = flow.one()?;
         let x = (x + &self.attn.forward(tokens, &self.attn_norm.forward(x)?)?)?;
-        let share = tokens.training.map_or(0.0, |t| t.share);
-        Ok((&x + &self.moe.forward(&self.moe_norm.forward(&x)?, share)?)?.into())
+        let h = self.moe_norm.forward(&x)?;
+        let balance = tokens.training.as_ref().map(|t| &t.balance);
+        let real = tokens.real.as_ref();
+        Ok((&x + &self.moe.forward(&h, balance, real)?)?.into())
+    }
+
+    fn after_step(&self) -> Result<()> {
+        match self.bias_rate {
+            0.0 => Ok(()),
+            rate => self.moe.balance(rate),
+        }
     }
 }

@@ -48,6 +48,12 @@ impl From<Tensor> for Flow {
 pub trait Layer<I>: Debug + Send + Sync {
     /// The layer's output. The first layer of a model ignores `flow`.
     fn forward(&self, input: &I, flow: &Flow) -> Result<Flow>;
+
+    /// What the layer changes by itself after an optimizer's step, by no gradient: a router's
+    /// correction bias. Every rank calls it.
+    fn after_step(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// A model: a list of layers that can be built one by one.
@@ -102,6 +108,11 @@ impl<I: Send + Sync + 'static> Stack<I> {
     /// Has it no layer?
     pub fn is_empty(&self) -> bool {
         self.layers.is_empty()
+    }
+
+    /// Tells all layers that the optimizer has made a step.
+    pub fn after_step(&self) -> Result<()> {
+        self.layers.iter().try_for_each(|layer| layer.after_step())
     }
 
     /// Runs all layers.

@@ -64,6 +64,11 @@ impl Param {
         self.dims.iter().map(|d| d.size()).collect()
     }
 
+    /// Number of local elements that do not pad a vocabulary: the first ones.
+    pub fn real_len(&self) -> usize {
+        self.local_ranges().iter().map(Range::len).product()
+    }
+
     /// Its named dims.
     pub fn dims(&self) -> &[Dim] {
         &self.dims
@@ -126,8 +131,14 @@ impl Param {
         self.set(&initial(self, seed, self.init))
     }
 
-    /// Overwrites the local part with `values`, converted to the parameter's dtype.
+    /// Overwrites the local part with `values`, converted to the parameter's dtype. What pads a
+    /// vocabulary may be left out and is zero.
     pub fn set(&self, values: &[f32]) -> Result<()> {
+        if values.len() < self.len() && values.len() == self.real_len() {
+            let mut padded = values.to_vec();
+            padded.resize(self.len(), 0.0);
+            return self.set(&padded);
+        }
         if values.len() != self.len() {
             return Err(Error::shape("set", &[values.len()], &self.shape, "one value per element"));
         }
@@ -192,14 +203,16 @@ impl Param {
         })
     }
 
-    /// Cuts this rank's part out of the whole parameter (row-major, global shape).
+    /// Cuts this rank's part out of the whole parameter (row-major, global shape); padding is zero.
     pub fn shard_of<T: Element>(&self, whole: &[T]) -> Vec<T> {
         let mut out = Vec::with_capacity(self.len());
         self.for_each_run(|start, len| out.extend_from_slice(&whole[start..start + len]));
+        out.resize(self.len(), T::zeroed());
         out
     }
 
-    /// Calls `f(global_start, len)` for each contiguous run of the local part, in local order.
+    /// Calls `f(global_start, len)` for each contiguous run of the local part, in local order,
+    /// without padding, which is at its end.
     pub fn for_each_run(&self, mut f: impl FnMut(usize, usize)) {
         let ranges = self.local_ranges();
         let global = self.global_shape();
@@ -229,15 +242,23 @@ impl Param {
         }
     }
 
-    /// This rank's range of every global dim.
+    /// This rank's range of every global dim, without padding.
     pub fn local_ranges(&self) -> Vec<Range<usize>> {
-        let mut ranges: Vec<Range<usize>> = self.dims.iter().map(|d| 0..d.size()).collect();
+        let mut ranges: Vec<Range<usize>> = self.shape.iter().map(|n| 0..*n).collect();
+        for axis in self.scope.wide_axes() {
+            if let Placement::Shard(dim) = self.layout[axis] {
+                ranges[dim].end *= self.scope.axis(axis).1;
+            }
+        }
         for axis in self.scope.wide_axes() {
             if let Placement::Shard(dim) = self.layout[axis] {
                 let part = ranges[dim].len() / self.scope.axis(axis).1;
                 let start = ranges[dim].start + part * self.scope.coord(axis);
                 ranges[dim] = start..start + part;
             }
+        }
+        for (range, dim) in ranges.iter_mut().zip(&self.dims) {
+            *range = range.start.min(dim.size())..range.end.min(dim.size());
         }
         ranges
     }
@@ -397,6 +418,11 @@ impl Params {
         Params { drawn: false, ..Params::new(scope, seed, dtype) }
     }
 
+    /// The same builder for parameters held in another dtype.
+    pub fn held_in(&self, dtype: Dtype) -> Params {
+        Params { dtype, ..self.clone() }
+    }
+
     /// The same builder below a name: `at("layers").at(3)` names `layers.3.…`.
     pub fn at(&self, name: impl std::fmt::Display) -> Params {
         let prefix = match self.prefix.as_str() {
@@ -475,7 +501,7 @@ impl Params {
 
 fn initial(param: &Param, seed: u64, init: Init) -> Vec<f32> {
     match init {
-        Init::Constant(x) => vec![x; param.len()],
+        Init::Constant(x) => vec![x; param.real_len()],
         Init::Normal(std) => {
             let stream = random::Stream::named(seed, param.name());
             let mut values = Vec::with_capacity(param.len());

@@ -86,12 +86,12 @@ impl IndexMut<usize> for Layout {
 /// A named dimension of a parameter, with its global size. The name decides where it is sharded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Dim {
-    /// Entries of the vocabulary.
+    /// Entries of the vocabulary. The only dim that a plan may fill up, see [`Sharding::vocabulary`].
     Vocab(usize),
     /// Width of the residual stream.
     Embed(usize),
-    /// Query heads times head size.
-    Heads(usize),
+    /// So many query heads of this size.
+    Heads(usize, usize),
     /// So many key/value heads of this size. Fewer than ranks are kept whole on each.
     KvHeads(usize, usize),
     /// Width of the feed-forward layer.
@@ -106,13 +106,8 @@ impl Dim {
     /// Its global size.
     pub fn size(self) -> usize {
         match self {
-            Dim::Vocab(n)
-            | Dim::Embed(n)
-            | Dim::Heads(n)
-            | Dim::Mlp(n)
-            | Dim::Experts(n)
-            | Dim::Other(n) => n,
-            Dim::KvHeads(heads, size) => heads * size,
+            Dim::Vocab(n) | Dim::Embed(n) | Dim::Mlp(n) | Dim::Experts(n) | Dim::Other(n) => n,
+            Dim::Heads(heads, size) | Dim::KvHeads(heads, size) => heads * size,
         }
     }
 
@@ -128,6 +123,10 @@ pub enum Region {
     Residual,
     /// Inside attention, the feed-forward layer and the head.
     TensorParallel,
+    /// Where a router reads: the tokens of the residual stream, their width whole.
+    Router,
+    /// Where experts read: as inside other sub-layers, and gathered where products would gather.
+    Experts,
     /// Every token on every rank, used in the same way: where losses and heads read.
     Whole,
 }
@@ -172,13 +171,17 @@ pub enum Cut {
 
 impl Cut {
     fn dim(&self, dims: &[Dim]) -> Option<usize> {
-        use Dim::{Embed, Heads, KvHeads, Mlp, Other, Vocab};
-        let inner = |d: &Dim| matches!(d, Heads(_) | KvHeads(..) | Mlp(_) | Vocab(_));
+        use Dim::{Embed, Experts, Heads, KvHeads, Mlp, Other, Vocab};
+        let inner = |d: &Dim| matches!(d, Heads(..) | KvHeads(..) | Mlp(_) | Vocab(_));
         match (self, dims) {
             (Cut::Nothing, _) => None,
             (Cut::Named(names), _) => {
                 dims.iter().position(|d| names.iter().any(|name| name.same_name(*d)))
             }
+            // Of experts: rows share them out, columns cut the input dim.
+            (Cut::GridRow | Cut::CubeRow, [Experts(_), ..]) => Some(0),
+            (Cut::GridCol | Cut::CubeCol, [Experts(_), _, _]) => Some(2),
+            (Cut::CubeDepth, [Experts(_), ..]) => None,
             (Cut::GridRow, [Vocab(_), _]) => Some(0),
             (Cut::GridRow, [Other(_), _] | [_]) => None,
             (Cut::GridRow, [_, _]) => Some(1),
@@ -246,7 +249,7 @@ impl Role {
             true => (Placement::Replicate, Placement::Shard(1)),
             false => (Placement::Invariant, Placement::Invariant),
         };
-        let names = vec![Dim::Vocab(0), Dim::Heads(0), Dim::KvHeads(0, 0), Dim::Mlp(0)];
+        let names = vec![Dim::Vocab(0), Dim::Heads(0, 0), Dim::KvHeads(0, 0), Dim::Mlp(0)];
         Role {
             cut: Cut::Named(names),
             rest,
@@ -267,6 +270,11 @@ impl Role {
     /// Do products gather and scatter tokens along this axis themselves?
     pub(crate) fn overlaps(&self) -> bool {
         self.context.is_none() && self.parallel == Placement::Shard(1)
+    }
+
+    /// Is the width of activations cut along this axis?
+    pub(crate) fn cuts_width(&self) -> bool {
+        self.residual == Placement::Shard(2)
     }
 
     /// Tensor parallelism in two dimensions (SUMMA; Optimus, Xu et al., 2021): the roles of the
@@ -340,24 +348,37 @@ impl Sharding {
     pub fn parameter(&self, name: &str, mesh: &Mesh, dims: &[Dim]) -> Result<(Layout, Vec<usize>)> {
         let mut layout = Layout::default();
         let mut shape: Vec<usize> = dims.iter().map(|d| d.size()).collect();
+        for (size, dim) in shape.iter_mut().zip(dims) {
+            if let Dim::Vocab(entries) = dim {
+                *size = self.vocabulary(mesh, *entries);
+            }
+        }
         for (axis, role) in self.roles.iter().enumerate() {
             let (axis_name, ranks) = axis_of(mesh, axis);
             layout[axis] = match role.cut.dim(dims) {
                 Some(dim) if ranks > 1 => {
                     let unit = match dims[dim] {
                         // The depth of a cube cuts what is stored, not what is computed.
-                        Dim::KvHeads(_, size) if role.cut != Cut::CubeDepth => size,
+                        Dim::Heads(_, size) | Dim::KvHeads(_, size)
+                            if role.cut != Cut::CubeDepth =>
+                        {
+                            size
+                        }
                         _ => 1,
                     };
                     let units = shape[dim] / unit;
                     let named = matches!(role.cut, Cut::Named(_)) && !role.overlaps();
-                    if units < ranks && ranks.is_multiple_of(units) && unit > 1 && named {
+                    let few = matches!(dims[dim], Dim::KvHeads(..)) && units < ranks;
+                    if few && ranks.is_multiple_of(units) && named {
                         layout[axis] = Placement::Replicate;
                         continue;
                     }
                     if !units.is_multiple_of(ranks) {
                         return Err(Error::Divide {
-                            what: format!("parameter {name}"),
+                            what: match unit {
+                                1 => format!("parameter {name}"),
+                                _ => format!("parameter {name}, counted in heads"),
+                            },
                             dim,
                             size: units,
                             axis: axis_name,
@@ -373,11 +394,24 @@ impl Sharding {
         Ok((layout, shape))
     }
 
+    /// Entries of a vocabulary as this plan holds it: filled up to the next multiple of the ranks
+    /// that cut it. Padding is zero, lies behind the last entry, has a logit that no softmax sees
+    /// and no gradient, and is left out of files.
+    pub fn vocabulary(&self, mesh: &Mesh, entries: usize) -> usize {
+        let table = [Dim::Vocab(entries), Dim::Embed(0)];
+        let cutting = self.roles.iter().enumerate().filter(|(_, r)| r.cut.dim(&table) == Some(0));
+        entries.next_multiple_of(cutting.map(|(axis, _)| axis_of(mesh, axis).1).product())
+    }
+
     /// The layout of activations in a region.
     pub fn region(&self, region: Region) -> Layout {
         self.layout(|role| match region {
             Region::Residual => role.residual,
             Region::TensorParallel => role.parallel,
+            Region::Router if role.cuts_width() => Placement::Invariant,
+            Region::Router => role.residual,
+            Region::Experts if role.overlaps() => Placement::Replicate,
+            Region::Experts => role.parallel,
             Region::Whole => role.whole,
         })
     }

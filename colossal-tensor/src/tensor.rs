@@ -385,6 +385,14 @@ impl Tensor {
         shape
     }
 
+    /// Rows of the whole tensor, those that pad a parameter's vocabulary left out.
+    pub(crate) fn real_rows(&self) -> usize {
+        match &self.0.data {
+            Data::Param(param, _) => param.dims()[0].size(),
+            _ => self.global_shape()[0],
+        }
+    }
+
     /// Where this rank's part begins in the whole tensor, per dim. Where several axes cut a dim,
     /// the mesh's first is the outermost.
     pub(crate) fn origin(&self) -> Vec<usize> {

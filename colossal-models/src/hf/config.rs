@@ -41,6 +41,7 @@ pub fn parse_config(v: &Value) -> Result<DecoderConfig, String> {
     };
     match v["model_type"].as_str() {
         Some("mixtral") => {
+            refuse_window(v)?;
             let mut base = v.clone();
             base["model_type"] = json!("llama");
             let DecoderConfig::Llama(base) = parse_config(&base)? else {
@@ -56,16 +57,12 @@ pub fn parse_config(v: &Value) -> Result<DecoderConfig, String> {
                 num_local_experts: experts,
                 num_experts_per_tok: top,
                 router_aux_loss_coef: float("router_aux_loss_coef", 0.001) as f32,
+                router_z_loss_coef: float("router_z_loss_coef", 0.0) as f32,
+                router_bias_update_rate: float("router_bias_update_rate", 0.0).max(0.0) as f32,
             }))
         }
-        Some("mistral")
-            if v["sliding_window"]
-                .as_u64()
-                .is_some_and(|w| w < or("max_position_embeddings", 2048) as u64) =>
-        {
-            Err("sliding_window is not known to this build; mistral models without one are".into())
-        }
         Some("llama" | "mistral") => {
+            refuse_window(v)?;
             let heads = positive(number("num_attention_heads")?, "num_attention_heads")?;
             let hidden = number("hidden_size")?;
             let kv = positive(or("num_key_value_heads", heads), "num_key_value_heads")?;
@@ -129,6 +126,18 @@ pub fn parse_config(v: &Value) -> Result<DecoderConfig, String> {
     }
 }
 
+/// A window that hides keys within the model's positions changes what it computes.
+fn refuse_window(v: &Value) -> Result<(), String> {
+    let positions = v["max_position_embeddings"].as_u64().unwrap_or(2048);
+    match v["sliding_window"].as_u64().filter(|w| *w < positions) {
+        None => Ok(()),
+        Some(window) => Err(format!(
+            "sliding_window {window} is not built; lower max_position_embeddings to it, or use a \
+             model without one"
+        )),
+    }
+}
+
 fn rope_scaling(v: &Value) -> Result<RopeScaling, String> {
     let need = |key: &str| v[key].as_f64().ok_or_else(|| format!("rope scaling lacks {key}"));
     match v["rope_type"].as_str().or(v["type"].as_str()) {
@@ -166,6 +175,13 @@ pub fn config_json(config: &DecoderConfig, dtype: Dtype) -> Value {
             v["num_experts_per_tok"] = json!(c.num_experts_per_tok);
             v["router_aux_loss_coef"] = json!(f64::from(c.router_aux_loss_coef));
             v["sliding_window"] = Value::Null;
+            // Ours; absent where published files have none.
+            if c.router_z_loss_coef != 0.0 {
+                v["router_z_loss_coef"] = json!(f64::from(c.router_z_loss_coef));
+            }
+            if c.router_bias_update_rate != 0.0 {
+                v["router_bias_update_rate"] = json!(f64::from(c.router_bias_update_rate));
+            }
             v
         }
         DecoderConfig::Llama(c) => {

@@ -296,10 +296,17 @@ pub fn gather(
             }
         }
         let t = no_grad(|| t.to_layout(layout))?;
-        whole.insert(param.name().to_string(), (param.global_shape(), t.to_vec()?));
+        let (shape, mut values) = (param.global_shape(), t.to_vec()?);
+        // What fills up a vocabulary is no part of the model.
+        values.truncate(shape.iter().product());
+        // A router's bias stays in f32, as in DeepSeek-V3's files.
+        let narrow = param.dtype() != Dtype::F32 || model.params.dtype() == Dtype::F32;
+        let dtype = if narrow { dtype } else { Dtype::F32 };
+        whole.insert(param.name().to_string(), (shape, values, dtype));
     }
     let mut files = BTreeMap::new();
-    for (name, (shape, values)) in &whole {
+    for (name, (shape, values, dtype)) in &whole {
+        let dtype = *dtype;
         let source = source(name, &model.config);
         let (stored, values) = match source.third {
             Some(0) => {

@@ -137,7 +137,9 @@ fn gather(trainer: &Trainer, slot: &Slot, of: Part) -> Result<Vec<f32>> {
             layout[axis] = Placement::Invariant;
         }
     }
-    no_grad(|| t.to_layout(layout))?.to_vec()
+    let mut whole = no_grad(|| t.to_layout(layout))?.to_vec()?;
+    whole.truncate(param.global_shape().iter().product());
+    Ok(whole)
 }
 
 /// The common part of two ranges, relative to the start of each.
@@ -193,6 +195,8 @@ pub fn load_checkpoint(trainer: &mut Trainer, folder: &Path) -> Result<()> {
                 result = entry.to_f32(start, len, &mut out);
             }
         });
+        // Behind a vocabulary: zeros.
+        out.resize(param.len(), 0.0);
         result.map(|()| Some(out))
     };
     let missing = |name: String| Error::File {
@@ -240,6 +244,9 @@ pub fn load_checkpoint(trainer: &mut Trainer, folder: &Path) -> Result<()> {
                 *values = read;
             }
         }
+    }
+    for param in trainer.model.params.all().iter().filter(|p| !p.is_trainable()) {
+        param.set(&loaded.params.get(param.name())?.to_vec()?)?;
     }
     trainer.step = state.step;
     barrier(trainer)

@@ -11,8 +11,11 @@ use serde::Serialize;
 pub struct StepReport {
     /// Steps done, this one included.
     pub step: u64,
-    /// The loss of the global batch.
+    /// The loss of the global batch: the mean over its targets, auxiliary losses left out.
     pub loss: f32,
+    /// The weighted load-balancing and z-losses of a mixture of experts, whose gradients are in
+    /// the step's; 0 for other models. transformers reports the sum of the two.
+    pub auxiliary_loss: f32,
     /// Global norm of the gradient before clipping.
     pub grad_norm: f32,
     /// The learning rate.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use colossal_kernels as kernels;
+use colossal_tensor::moe::Balance;
 use colossal_tensor::random::Stream;
 use colossal_tensor::storage::{Buffer, memory_stats};
 use colossal_tensor::{
@@ -103,7 +104,8 @@ impl Trainer {
         // Gradients become complete from the last layer to the first: so they lie in memory.
         let mut slots = Vec::new();
         let mut end = 0;
-        for param in model.params.all().into_iter().rev() {
+        // What never learns by gradients keeps its own memory.
+        for param in model.params.all().into_iter().rev().filter(|p| p.is_trainable()) {
             let range = end..end + param.len();
             end = range.end;
             slots.push(Slot::new(param, range));
@@ -210,16 +212,20 @@ impl Trainer {
         }
         let seed = self.seed;
         let number = self.step;
-        self.train(batch.ids.len(), batch.seq, |model, i| {
+        let mut balances = vec![];
+        let mut report = self.train(batch.ids.len(), batch.seq, |model, i| {
             let own = batch.part(i * parts + part, micro * parts)?;
             let training = Training {
                 dropout: dropout_stream(seed, number),
                 first_row: i * parts * own.len(),
-                share: 1.0 / micro as f32,
+                balance: Balance::new(1.0 / micro as f32),
             };
+            balances.push(training.balance.clone());
             let loss = lm_loss(model, &own, Some(training))?;
             loss.scale(1.0 / count as f32)
-        })
+        })?;
+        report.auxiliary_loss = balances.iter().map(|b| b.loss()).sum();
+        Ok(report)
     }
 
     /// One step on any loss: `loss(model, microbatch)` returns this rank's term of the loss as a
@@ -270,6 +276,7 @@ impl Trainer {
         Ok(StepReport {
             step: self.step,
             loss: total,
+            auxiliary_loss: 0.0,
             grad_norm: norm,
             lr,
             tokens,
@@ -354,6 +361,7 @@ impl Trainer {
             }
             .map_err(zero_error)
         })??;
+        self.model.stack.after_step()?;
         Ok((norm, lr))
     }
 
@@ -396,7 +404,8 @@ impl Trainer {
 }
 
 /// The summed loss of this rank's sequences; what a plan cuts them into is filled up with padding.
-/// `training` is as in [`Tokens::training`]; auxiliary losses add to gradients, not to the value.
+/// `training` is as in [`Tokens::training`]; auxiliary losses add to gradients, not to the value,
+/// and have their own: [`Balance::loss`].
 pub fn lm_loss(model: &CausalLm, batch: &Batch, training: Option<Training>) -> Result<Tensor> {
     let multiple = model.scope().sequence_multiple();
     let batch = &batch.padded_to(batch.seq.next_multiple_of(multiple));
@@ -430,10 +439,10 @@ impl Slot {
         Slot { param, range, decay, copies, pending, cut }
     }
 
-    /// What of it lies in `range`; may be empty.
+    /// What of it lies in `range`, without what pads a vocabulary: that is never updated. May be empty.
     fn within(&self, range: &Range<usize>) -> Range<usize> {
         let start = self.range.start.clamp(range.start, range.end);
-        start..self.range.end.clamp(start, range.end)
+        start..(self.range.start + self.param.real_len()).clamp(start, range.end)
     }
 
     /// Which elements of the whole parameter this rank updates.

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use colossal_models::generate::{Sampling, generate};
 use colossal_models::train::{Batch, lm_loss};
-use colossal_models::{CausalLm, Dtype, Scope, Tokens, hf};
+use colossal_models::{CausalLm, DecoderConfig, Dtype, Scope, Tokens, Training, hf};
+use colossal_tensor::IGNORE;
+use colossal_tensor::moe::Balance;
 use colossal_tensor::safetensors::{Archive, Owned};
 
 const FAMILIES: [&str; 4] = ["llama", "llama3", "gpt2", "mixtral"];
@@ -44,6 +46,46 @@ fn logits_equal_transformers() {
             let off = worst(&ours, &theirs);
             assert!(off < tolerance, "{name} {dtype}: {off}");
         }
+    }
+}
+
+/// The losses of a padded batch of a mixture of experts, and what they teach its routers.
+#[test]
+fn auxiliary_loss_and_router_gradients_equal_transformers() {
+    let golden = Archive::open(&[folder("mixtral").join("auxiliary.safetensors")]).unwrap();
+    let mut model = open("mixtral", Dtype::F32);
+    let DecoderConfig::Mixtral(config) = &mut model.config else { panic!("is a Mixtral") };
+    config.router_aux_loss_coef = 0.5;
+    let fresh = CausalLm::new(&Scope::solo(), &model.config, 0, Dtype::F32).unwrap();
+    for (to, from) in fresh.params.all().iter().zip(model.params.all()) {
+        to.set(&from.to_vec().unwrap()).unwrap();
+    }
+    let ints = |name: &str| golden.get(name).unwrap().to_ints().unwrap();
+    let (ids, lengths) = (ints("ids"), ints("lengths"));
+    // Every token goes through the routers, the last of a sequence too, which has no target.
+    let mut targets = vec![IGNORE; 14];
+    for (row, n) in lengths.iter().enumerate() {
+        for t in row * 7 + 1..row * 7 + *n as usize {
+            targets[t - 1] = ids[t] as i32;
+        }
+    }
+    let ids = ids.iter().map(|id| *id as i32).collect();
+    let lengths = lengths.iter().map(|n| *n as i32).collect();
+    let batch = Batch { ids, targets, lengths, seq: 7 };
+    let balance = Balance::new(1.0);
+    let dropout = colossal_tensor::random::Stream::new(0, 0);
+    let training = Training { dropout, first_row: 0, balance: balance.clone() };
+    let sum = lm_loss(&fresh, &batch, Some(training)).unwrap();
+    let loss = sum.scale(1.0 / batch.learnt() as f32).unwrap();
+    let read = |name: &str| golden.get(name).unwrap().to_vec().unwrap();
+    assert!(worst(&[balance.loss()], &read("auxiliary")) < 1e-5);
+    assert!(worst(&[loss.item().unwrap() + balance.loss()], &read("loss")) < 1e-5);
+    let grads = loss.backward().unwrap();
+    let gates = golden.names().filter_map(|n| n.strip_prefix("grad."));
+    for (i, gate) in gates.enumerate() {
+        let ours = grads.get(&fresh.params.get(gate).unwrap()).unwrap();
+        let off = worst(ours, &read(&format!("grad.{gate}")));
+        assert!(off < 1e-4 && i < 2, "{gate}: {off}");
     }
 }
 

@@ -45,11 +45,11 @@ fn every_optimizer_under_every_cut_equals_one_device() {
         [Plan { dp: 2, ep: 2, zero: 1, ..base.clone() }, Plan { ep: 2, tp: 2, ..base.clone() }];
     for (config, plans) in [(llama(), &plans[..]), (mixtral(), &experts[..])] {
         for rule in rules() {
-            let one = train_with(&Group::solo(), &Plan::default(), &config, with(rule));
+            let one = train_with(&Group::solo(), &Plan::default(), &config, 8, with(rule));
             let first = one.losses[0];
             assert!(one.losses.iter().any(|l| (l - first).abs() > 1e-3 * first), "{rule:?}");
             for plan in plans {
-                let run = |world| train_with(&world, plan, &config, with(rule));
+                let run = |world| train_with(&world, plan, &config, 8, with(rule));
                 for outcome in on_ranks(plan.ranks(), run) {
                     let what = |k: &str| format!("{rule:?} {plan:?} {k}");
                     close(&what("losses"), &outcome.losses, &one.losses, 5e-5);

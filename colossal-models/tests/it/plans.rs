@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use colossal_comm::on_ranks;
+use colossal_models::generate::{Sampling, generate};
 use colossal_models::gpt2::Gpt2Config;
 use colossal_models::llama::LlamaConfig;
 use colossal_models::mixtral::MixtralConfig;
@@ -10,10 +11,12 @@ use colossal_models::train::{
     AdamW, Batch, LrSchedule, Optimizer, Plan, Precision, SequenceMode, TensorMode, Trainer,
     lm_loss,
 };
-use colossal_models::{CausalLm, Decoder, DecoderConfig, Group, Scope, hf};
+use colossal_models::{CausalLm, Decoder, DecoderConfig, Group, Scope, Training, hf};
+use colossal_tensor::moe::Balance;
+use colossal_tensor::random::Stream;
 use colossal_tensor::safetensors::Owned;
 use colossal_tensor::storage::memory_stats;
-use colossal_tensor::{Dtype, Stack, Tensor, fake};
+use colossal_tensor::{Dim, Dtype, Stack, Tensor, fake};
 
 pub(crate) fn llama() -> DecoderConfig {
     DecoderConfig::Llama(LlamaConfig {
@@ -54,6 +57,7 @@ fn batch_of(rows: i32, step: i32) -> Batch {
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) losses: Vec<f32>,
+    auxiliary: Vec<f32>,
     norms: Vec<f32>,
     pub(crate) weights: BTreeMap<String, Vec<f32>>,
 }
@@ -80,14 +84,19 @@ pub(crate) fn train_with(
     optimizer: impl Into<Optimizer>,
 ) -> Outcome {
     let mut trainer = Trainer::new(world, plan, config, optimizer, 3).unwrap();
-    let (mut losses, mut norms) = (vec![], vec![]);
+    let (mut losses, mut auxiliary, mut norms) = (vec![], vec![], vec![]);
     for step in 0..5 {
         let report = trainer.step(&batch_of(rows, step)).unwrap();
         losses.push(report.loss);
+        auxiliary.push(report.auxiliary_loss);
         norms.push(report.grad_norm);
     }
     let weights = hf::gather(&trainer.model, |p| Ok(p.tensor().detach()), Dtype::F32).unwrap();
-    Outcome { losses, norms, weights: floats(weights) }
+    // What fills up a vocabulary has learnt nothing.
+    for p in trainer.model.params.all().iter().filter(|p| matches!(p.dims()[0], Dim::Vocab(_))) {
+        assert!(p.to_vec().unwrap()[p.real_len()..].iter().all(|x| *x == 0.0), "{}", p.name());
+    }
+    Outcome { losses, auxiliary, norms, weights: floats(weights) }
 }
 
 pub(crate) fn close(what: &str, a: &[f32], b: &[f32], tolerance: f32) {
@@ -166,7 +175,9 @@ fn gradients(
     let mesh = scope.mesh();
     let (part, parts) = scope.batch_part();
     let part = batch_of(rows, 0).part(part, parts).unwrap();
-    let loss = lm_loss(&model, &part, None).unwrap().scale(0.01).unwrap();
+    let training =
+        Training { dropout: Stream::new(5, 0), first_row: 0, balance: Balance::new(1.0) };
+    let loss = lm_loss(&model, &part, Some(training)).unwrap().scale(0.01).unwrap();
     let mut sum = loss.clone();
     for (i, (axis, _)) in mesh.axes().iter().enumerate() {
         if sum.layout()[i] == colossal_tensor::Placement::Partial {
@@ -177,6 +188,9 @@ fn gradients(
     let whole = hf::gather(
         &model,
         |p| {
+            if !p.is_trainable() {
+                return Ok(p.tensor().detach());
+            }
             let grad = grads.get(p).expect("every parameter has a gradient");
             Tensor::from_slice(p.scope(), grad, p.shape(), p.layout().dual())
         },
@@ -197,6 +211,7 @@ fn equal(
     let what = |key: &str| format!("{name} {plan:?} {key}");
     for outcome in on_ranks(plan.ranks(), |world| train(&world, plan, config, rows)) {
         close(&what("losses"), &outcome.losses, &whole.losses, 2e-5);
+        close(&what("auxiliary"), &outcome.auxiliary, &whole.auxiliary, 2e-5);
         close(&what("norms"), &outcome.norms, &whole.norms, 1e-4);
         assert_eq!(outcome.weights.len(), whole.weights.len());
         // A key bias has no true gradient: AdamW makes steps of its rounding noise.
@@ -239,13 +254,17 @@ fn thirds(name: &str) -> DecoderConfig {
             resid_pdrop: 0.1,
             ..Gpt2Config::sized(36, 24, 2, 6)
         }),
+        "mixtral" => DecoderConfig::Mixtral(MixtralConfig {
+            router_aux_loss_coef: 0.05,
+            ..MixtralConfig::sized(LlamaConfig { intermediate_size: 24, ..base }, 6)
+        }),
         _ => DecoderConfig::Llama(base),
     }
 }
 
 #[test]
 fn grids_of_nine_and_twelve_ranks_equal_one_device() {
-    for name in ["llama", "gpt2"] {
+    for name in ["llama", "gpt2", "mixtral"] {
         let config = thirds(name);
         let whole = train(&Group::solo(), &Plan::default(), &config, 6);
         let one = gradients(&Group::solo(), &Plan::default(), &config, 6);
@@ -260,13 +279,15 @@ pub(crate) fn mixtral() -> DecoderConfig {
     let DecoderConfig::Llama(base) = llama() else { unreachable!("llama() is one") };
     DecoderConfig::Mixtral(MixtralConfig {
         router_aux_loss_coef: 0.05,
+        router_z_loss_coef: 0.02,
+        router_bias_update_rate: 0.01,
         ..MixtralConfig::sized(LlamaConfig { intermediate_size: 24, ..base }, 4)
     })
 }
 
 #[test]
 fn every_plan_of_a_mixture_of_experts_equals_one_device() {
-    use SequenceMode::{AllToAll, RingAttn, SplitGather};
+    use SequenceMode::{AllToAll, Ring, RingAttn, SplitGather, Usp};
     let p = |dp, ep, tp, zero| Plan { dp, ep, tp, zero, bucket_mib: 1, ..Plan::default() };
     let plans = [
         p(1, 2, 1, 0),
@@ -279,6 +300,19 @@ fn every_plan_of_a_mixture_of_experts_equals_one_device() {
         context(SplitGather, 1, p(1, 2, 2, 0)),
         context(AllToAll, 2, p(1, 2, 1, 0)),
         context(RingAttn, 2, p(1, 2, 2, 0)),
+        // Padded to twelve tokens: padding has no part in the balance.
+        context(RingAttn, 3, p(1, 1, 1, 0)),
+        context(Usp, 4, Plan { ulysses: 2, ..p(2, 1, 1, 1) }),
+        context(Ring, 1, p(1, 1, 2, 0)),
+        context(Ring, 1, p(2, 2, 2, 2)),
+        context(Ring, 1, Plan { recompute: true, ..p(1, 2, 2, 0) }),
+        // tp x sp x dp x ep
+        context(AllToAll, 2, p(2, 2, 2, 1)),
+        context(RingAttn, 2, p(2, 2, 2, 2)),
+        grid(TensorMode::TwoD, 4, 1, p(1, 1, 1, 0)),
+        grid(TensorMode::TwoD, 4, 1, Plan { recompute: true, ..p(2, 1, 1, 1) }),
+        grid(TensorMode::TwoAndAHalfD, 8, 2, p(1, 1, 1, 0)),
+        grid(TensorMode::ThreeD, 8, 1, p(1, 1, 1, 0)),
     ];
     let config = mixtral();
     let whole = train(&Group::solo(), &Plan::default(), &config, 8);
@@ -396,6 +430,12 @@ fn pretended_bytes_of_every_plan_equal_the_counters() {
         cases.push(("gpt2", gpt2(), plan));
     }
     cases.push(("mixtral", mixtral(), Plan { dp: 2, tp: 2, ..Plan::default() }));
+    for plan in
+        table().into_iter().filter(|p| p.tensor == TensorMode::OneD && p.sp == 1 || p.dp > 1)
+    {
+        // Vocabularies that the ranks do not divide.
+        cases.push(("llama of 33", odd_llama(), plan));
+    }
     for (name, config, plan) in cases {
         let loss = |model: CausalLm, scope: &Scope| {
             let (part, parts) = scope.batch_part();
@@ -485,4 +525,148 @@ fn layouts_of_published_sizes_hold_on_a_thousand_pretended_ranks() {
     assert_eq!(report.global_elements, 70_553_706_496);
     // All matrices are cut in eight; the norms (161 x 8192) are whole.
     assert_eq!(report.local_elements, (70_553_706_496 - 161 * 8192) / 8 + 161 * 8192);
+}
+
+fn odd_llama() -> DecoderConfig {
+    let DecoderConfig::Llama(c) = llama() else { unreachable!("llama() is one") };
+    DecoderConfig::Llama(LlamaConfig { vocab_size: 33, ..c })
+}
+
+fn odd_gpt2() -> DecoderConfig {
+    let DecoderConfig::Gpt2(c) = gpt2() else { unreachable!("gpt2() is one") };
+    DecoderConfig::Gpt2(Gpt2Config { vocab_size: 33, ..c })
+}
+
+/// GPT-2's 50257 divides by nothing: the plan fills the vocabulary up, and nobody sees it.
+#[test]
+fn a_vocabulary_that_does_not_divide_is_filled_up() {
+    let p = |dp, tp, sequence_parallel, zero| Plan {
+        dp,
+        tp,
+        sequence_parallel,
+        zero,
+        bucket_mib: 1,
+        ..Plan::default()
+    };
+    let eight = DecoderConfig::Llama(LlamaConfig {
+        intermediate_size: 32,
+        max_position_embeddings: 32,
+        ..LlamaConfig::sized(33, 32, 1, 8)
+    });
+    use SequenceMode::{None, Ring, SplitGather};
+    let plans = |config: &DecoderConfig| match config {
+        // The last rank has padding only.
+        c if *c == eight => vec![p(1, 8, None, 0)],
+        _ => vec![
+            p(2, 2, None, 2),
+            p(1, 4, SplitGather, 0),
+            p(1, 2, Ring, 0),
+            grid(TensorMode::TwoD, 4, 1, p(2, 1, None, 1)),
+            grid(TensorMode::TwoAndAHalfD, 8, 2, p(1, 1, None, 0)),
+            grid(TensorMode::ThreeD, 8, 1, p(1, 1, None, 0)),
+        ],
+    };
+    for (name, config) in [("llama", odd_llama()), ("gpt2", odd_gpt2()), ("eight", eight.clone())] {
+        let whole = train(&Group::solo(), &Plan::default(), &config, 8);
+        let one = gradients(&Group::solo(), &Plan::default(), &config, 8);
+        for plan in plans(&config) {
+            equal(name, &plan, &config, 8, &whole, &one);
+        }
+    }
+    // Generation, and tokens that do not exist.
+    let talk = |world: &Group, plan: &Plan| {
+        let scope = plan.scope(world).unwrap();
+        let model = CausalLm::new(&scope, &odd_gpt2(), 3, Dtype::F32).unwrap();
+        let hot = Sampling { temperature: 5.0, max_new_tokens: 20, ..Sampling::default() };
+        let said = generate(&model, &[vec![1, 2]], &hot, |_, _| {}).unwrap().remove(0).ids;
+        let wrong = |ids: &[i32], targets: &[i32]| {
+            let batch =
+                Batch { ids: ids.into(), targets: targets.into(), lengths: vec![2], seq: 2 };
+            lm_loss(&model, &batch, Option::None).unwrap_err().to_string()
+        };
+        assert!(wrong(&[1, 33], &[1, 1]).contains("id 33 is outside 0..33"));
+        let target = wrong(&[1, 1], &[1, 33]);
+        assert!(target.contains("target 33 is outside the vocabulary"), "{target}");
+        said
+    };
+    let one = talk(&Group::solo(), &Plan::default());
+    for said in on_ranks(2, |world| talk(&world, &p(1, 2, None, 0))) {
+        assert_eq!(said, one);
+    }
+}
+
+/// Balancing by a bias, step after step, with no auxiliary loss.
+#[test]
+fn a_bias_that_the_trainer_moves_evens_out_the_load_of_experts() {
+    let DecoderConfig::Llama(base) = llama() else { unreachable!("llama() is one") };
+    let config = |rate: f32| {
+        DecoderConfig::Mixtral(MixtralConfig {
+            router_aux_loss_coef: 0.0,
+            router_bias_update_rate: rate,
+            ..MixtralConfig::sized(LlamaConfig { intermediate_size: 16, ..base.clone() }, 8)
+        })
+    };
+    // The largest load of an expert over its even share, in the last of some steps.
+    let imbalance = |world: &Group, plan: &Plan, rate: f32| {
+        let slow = AdamW { lr: LrSchedule::constant(1e-5), ..optimizer() };
+        let mut trainer = Trainer::new(world, plan, &config(rate), slow, 3).unwrap();
+        for gate in trainer.model.params.all().iter().filter(|p| p.name().ends_with("gate.weight"))
+        {
+            // Routers with favourites.
+            let values: Vec<f32> = gate.to_vec().unwrap().iter().map(|x| 10.0 * x).collect();
+            gate.set(&values).unwrap();
+        }
+        for _ in 0..150 {
+            trainer.step(&batch(0)).unwrap();
+        }
+        let scope = trainer.model.scope().clone();
+        let (part, parts) = scope.batch_part();
+        let balance = Balance::new(1.0);
+        let dropout = Stream::new(0, 0);
+        let training = Training { dropout, first_row: 0, balance: balance.clone() };
+        lm_loss(&trainer.model, &batch(0).part(part, parts).unwrap(), Some(training)).unwrap();
+        let layers = (0..2).map(|i| format!("model.layers.{i}.block_sparse_moe.experts.w1"));
+        layers
+            .map(|layer| {
+                let counts = balance.counts(&layer);
+                8.0 * counts.iter().fold(0.0f32, |m, c| m.max(*c)) / counts.iter().sum::<f32>()
+            })
+            .fold(0.0, f32::max)
+    };
+    let without = imbalance(&Group::solo(), &Plan::default(), 0.0);
+    let plan = Plan { dp: 2, zero: 1, ..Plan::default() };
+    for with in on_ranks(2, |world| imbalance(&world, &plan, 0.002)) {
+        assert!(without > 1.6 && with < 1.3, "{with} with a bias, {without} without");
+    }
+    // In bf16 too it moves by the same small steps, which bf16 would round away.
+    let plan = Plan { precision: Precision::Bf16, ..plan };
+    on_ranks(2, |world| {
+        let mut trainer = Trainer::new(&world, &plan, &config(1e-5), optimizer(), 3).unwrap();
+        for step in 0..3 {
+            trainer.step(&batch(step)).unwrap();
+        }
+        let all = trainer.model.params.all();
+        for bias in all.iter().filter(|p| p.name().ends_with("correction_bias")) {
+            let steps: Vec<f32> = bias.to_vec().unwrap().iter().map(|b| b * 1e5).collect();
+            let whole = |s: &f32| (s - s.round()).abs() < 1e-2 && s.round() as i32 % 2 != 0;
+            assert!(steps.iter().all(whole), "{steps:?}");
+        }
+    });
+}
+
+#[test]
+fn what_the_layers_of_a_mixture_do_not_allow_names_the_axes_and_the_way_out() {
+    let refuse = |plan: Plan, config: &DecoderConfig| {
+        on_ranks(plan.ranks(), |world| {
+            let built = Trainer::new(&world, &plan, config, optimizer(), 0);
+            built.and_then(|mut t| t.step(&batch(0))).unwrap_err().to_string()
+        })
+        .remove(0)
+    };
+    let text = refuse(grid(TensorMode::TwoD, 4, 1, Plan { ep: 2, ..Plan::default() }), &mixtral());
+    assert!(text.contains("axes ep and row") && text.contains("without ep"), "{text}");
+    let text = refuse(Plan { ep: 3, ..Plan::default() }, &mixtral());
+    assert!(text.contains("experts.w1") && text.contains("3 ranks of axis ep"), "{text}");
+    let text = refuse(Plan { tp: 8, ..Plan::default() }, &llama());
+    assert!(text.contains("counted in heads: dim 0 of size 4"), "{text}");
 }

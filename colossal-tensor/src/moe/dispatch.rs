@@ -21,6 +21,7 @@ impl Tensor {
         let last = self.shape().len() - 1;
         let layout = propagate("dispatch", &[self], |p| match p[0] {
             Shard(d) if d < last => Some(Shard(0)),
+            Shard(_) => Some(Shard(1)),
             Replicate | Invariant => Some(p[0]),
             _ => None,
         })?;
@@ -68,6 +69,7 @@ impl Tensor {
         let (width, last) = (self.last_dim(), weights.shape().len() - 1);
         let layout = propagate("combine", &[self, weights], |p| match (p[0], p[1]) {
             (Shard(0), Shard(d)) if d < last => Some(Shard(d)),
+            (Shard(1), Replicate) => Some(Shard(last)),
             (Partial, Replicate) => Some(Partial),
             (Replicate, Replicate) => Some(Replicate),
             (Invariant, Invariant) => Some(Invariant),
@@ -236,7 +238,14 @@ impl Journey {
                 axis: scope.axis(axis).0,
                 operands: vec![choice.layout()[axis], Shard(0)],
             }),
-            _ => Err(Error::Other("dispatch: experts may be cut along one axis only".into())),
+            _ => {
+                let axes: Vec<String> = cut.iter().map(|a| scope.axis(*a).0).collect();
+                Err(Error::Other(format!(
+                    "dispatch: experts are cut along axes {}, and may be along one only; the rows of \
+                     a grid or cube cut them already, without ep",
+                    axes.join(" and ")
+                )))
+            }
         }
     }
 

@@ -11,9 +11,11 @@
 //! cuts the experts, dispatch and combine are all-to-alls of rows; each sends, in each direction
 //! and pass, the rows whose expert is elsewhere: `tokens * k * h * (p - 1) / p` when balanced.
 
+mod balance;
 mod dispatch;
 mod experts;
 mod router;
 
+pub use balance::{Balance, Watch};
 pub use dispatch::Journey;
 pub use router::{Routing, Score};

@@ -1,11 +1,11 @@
 //! Routers: which experts a token goes to, with which weights, and what keeps them evenly used.
 
-use colossal_comm::ReduceOp;
 use colossal_kernels as kernels;
 
+use super::Watch;
 use crate::autograd::{pretended, record};
 use crate::dtype::{Dtype, float};
-use crate::error::{Error, Result, comm};
+use crate::error::{Error, Result};
 use crate::ops::produce;
 use crate::placement::Placement::Shard;
 use crate::propagate::propagate;
@@ -42,10 +42,9 @@ pub struct Routing {
     /// Room of each expert, as a multiple of its even share of a rank's tokens; what is over is
     /// dropped, later tokens first. `None` drops nothing.
     pub capacity: Option<f32>,
-    /// Weight of the load-balancing loss `E Σ f_e P_e`: the share of tokens that chose an expert
-    /// times its mean probability (Switch; Fedus et al., 2021).
+    /// Weight of the load-balancing loss, see [`Balance`](super::Balance).
     pub auxiliary: f32,
-    /// Weight of the router z-loss, the mean of `logsumexp²` (ST-MoE; Zoph et al., 2022).
+    /// Weight of the router z-loss, see [`Balance`](super::Balance).
     pub z: f32,
 }
 
@@ -113,13 +112,13 @@ impl Tensor {
     /// Weights `[.., k]` in f32 and experts `[.., k]` of each token, from logits `[.., experts]`.
     ///
     /// `bias` is added to scores in the choice only, not in the weights (DeepSeek-V3's balancing
-    /// without a loss). The gradients of the auxiliary losses are added to that of the logits,
-    /// multiplied by `share`; their values are over the tokens of all ranks.
+    /// without a loss). Watched, the balance is written down, and the gradients of its losses are
+    /// added to that of the logits.
     pub fn route(
         &self,
         routing: &Routing,
         bias: Option<&[f32]>,
-        share: f32,
+        watch: Option<Watch<'_>>,
     ) -> Result<(Tensor, Tensor)> {
         routing.validate()?;
         let (experts, k) = (routing.experts, routing.top_k);
@@ -135,23 +134,20 @@ impl Tensor {
         shape[last] = k;
         if self.scope().is_fake() {
             let scope = self.scope();
-            for axis in scope.wide_axes().filter(|a| share != 0.0 && matches!(layout[*a], Shard(_)))
-            {
-                let n = scope.axis(axis).1;
-                scope.sends("route", axis, 2 * (4 * (experts + 1) * (n - 1) / n), 0);
+            let cut = |a: &usize| watch.is_some() && matches!(layout[*a], Shard(_));
+            for axis in scope.wide_axes().filter(cut) {
+                scope.sends("route", axis, Watch::bytes(experts, scope.axis(axis).1), 0);
             }
             let weights = Tensor::pretend(scope, &shape, Dtype::F32, layout);
             let choice = Tensor::pretend(scope, &shape, Dtype::I32, layout);
             return Ok((pretended("route", weights, &[self], &[self, &choice]), choice));
         }
         let mut scores = self.to_vec()?;
-        let logits = (routing.z > 0.0).then(|| scores.clone());
+        let logits = (watch.is_some() && routing.z > 0.0).then(|| scores.clone());
         let tokens = scores.len() / experts;
         for row in scores.chunks_mut(experts) {
             match routing.score {
-                Score::Softmax => {
-                    softmax(row);
-                }
+                Score::Softmax => softmax(row),
                 Score::Sigmoid => row.iter_mut().for_each(|x| *x = 1.0 / (1.0 + (-*x).exp())),
             }
         }
@@ -165,30 +161,24 @@ impl Tensor {
             weights.extend(chosen.iter().map(|e| row[*e] * factor));
             choice.extend(chosen.iter().map(|e| *e as i32));
         }
+        let mut watched = None;
+        if let Some(watch) = watch {
+            let real = watch.real(layout, tokens)?;
+            let each = real.iter().copied().enumerate();
+            let lse: Vec<f32> =
+                logits.iter().flat_map(|l| l.chunks(experts)).map(logsumexp).collect();
+            watch.see(self.scope(), layout, routing, each, (&scores, &choice, &lse))?;
+            watched = Some((watch.balance.clone(), real, lse));
+        }
         let choice = Tensor::from_slice(self.scope(), &choice, &shape, layout)?;
         let weights = Tensor::from_slice(self.scope(), &weights, &shape, layout)?;
-        // The tokens of all ranks, and how many of them chose each expert.
-        let losses = share != 0.0 && (routing.auxiliary != 0.0 || routing.z != 0.0);
-        let mut counts = vec![0.0f32; experts + 1];
-        if losses {
-            counts[experts] = tokens as f32;
-            for e in choice.read::<i32>()?.as_slice::<i32>() {
-                counts[*e as usize] += 1.0;
-            }
-            for axis in self.scope().wide_axes() {
-                if matches!(layout[axis], Shard(_)) {
-                    let group = self.scope().mesh().group(&self.scope().axis(axis).0);
-                    group.and_then(|g| g.all_reduce(&mut counts, ReduceOp::Sum)).map_err(comm)?;
-                }
-            }
-        }
         let (scope, shape, dtype) = (self.scope().clone(), self.shape().to_vec(), self.dtype());
         let (routing, saved) = (routing.clone(), choice.clone());
         let weights = record("route", weights, &[self], move |dw, back| {
             let dw = dw.to_vec()?;
             let choice = saved.read::<i32>()?;
             let mut grad = vec![0.0; scores.len()];
-            let total = counts[experts];
+            let watched = watched.map(|(balance, real, lse)| (balance.gradient(), real, lse));
             for t in 0..tokens {
                 let row = &scores[t * experts..(t + 1) * experts];
                 let grad = &mut grad[t * experts..(t + 1) * experts];
@@ -203,13 +193,13 @@ impl Tensor {
                         false => routing.scale * d,
                     };
                 }
-                if losses && routing.auxiliary != 0.0 {
+                let watched = watched.as_ref().filter(|(_, real, _)| real[t]);
+                if let Some(((even, counts, _), ..)) = watched.filter(|(g, ..)| g.0 != 0.0) {
                     // Probabilities are the scores over their sum, which is 1 for a softmax.
                     let all: f32 = row.iter().sum();
-                    let factor = share * routing.auxiliary * experts as f32 / (total * total);
-                    let mean: f32 = row.iter().zip(&counts).map(|(s, c)| s * c).sum::<f32>() / all;
-                    for (g, c) in grad.iter_mut().zip(&counts) {
-                        *g += factor * (c - mean) / all;
+                    let mean: f32 = row.iter().zip(counts).map(|(s, c)| s * c).sum::<f32>() / all;
+                    for (g, c) in grad.iter_mut().zip(counts) {
+                        *g += even * (c - mean) / all;
                     }
                 }
                 // Through the scores.
@@ -222,10 +212,10 @@ impl Tensor {
                         grad.iter_mut().zip(row).for_each(|(g, s)| *g *= s * (1.0 - s));
                     }
                 }
-                if let Some(logits) = logits.as_ref().filter(|_| losses) {
-                    let mut p = logits[t * experts..(t + 1) * experts].to_vec();
-                    let factor = 2.0 * share * routing.z * softmax(&mut p) / total;
-                    grad.iter_mut().zip(&p).for_each(|(g, p)| *g += factor * p);
+                if let (Some(((.., z), _, lse)), Some(logits)) = (watched, &logits) {
+                    for (g, x) in grad.iter_mut().zip(&logits[t * experts..]) {
+                        *g += z * lse[t] * (x - lse[t]).exp();
+                    }
                 }
             }
             let layout = layout.dual();
@@ -243,11 +233,13 @@ impl Tensor {
     }
 }
 
-/// In place; returns the log-sum-exp.
-fn softmax(row: &mut [f32]) -> f32 {
-    let max = row.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-    let sum: f32 = row.iter().map(|x| (x - max).exp()).sum();
-    let lse = max + sum.ln();
+/// In place.
+fn softmax(row: &mut [f32]) {
+    let lse = logsumexp(row);
     row.iter_mut().for_each(|x| *x = (*x - lse).exp());
-    lse
+}
+
+fn logsumexp(row: &[f32]) -> f32 {
+    let max = row.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
+    max + row.iter().map(|x| (x - max).exp()).sum::<f32>().ln()
 }

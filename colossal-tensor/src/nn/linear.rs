@@ -50,10 +50,15 @@ impl Linear {
         Linear { weight, bias: None }
     }
 
-    /// `x [.., input]` to `[.., output]`.
+    /// `x [.., input]` to `[.., output]`. Where the plan has filled up a vocabulary, logits of
+    /// padding are the lowest number.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let bias = self.bias.as_ref().map(|b| b.tensor());
-        x.linear(&self.weight.tensor(), bias.as_ref())
+        let y = x.linear(&self.weight.tensor(), bias.as_ref())?;
+        match self.weight.dims()[0] {
+            Dim::Vocab(entries) => y.mask_padding(entries),
+            _ => Ok(y),
+        }
     }
 
     /// As [`Linear::forward`] with the result taken to `region`. When the input dim is sharded

@@ -1,20 +1,23 @@
 //! A feed-forward layer of many experts, of which each token uses a few.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use colossal_comm::ReduceOp;
+use parking_lot::Mutex;
 
-use crate::error::{Error, Result, comm};
-use crate::moe::{Journey, Routing};
+use crate::autograd::is_grad_enabled;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::moe::{Balance, Journey, Routing, Watch};
 use crate::nn::Linear;
 use crate::params::{Init, Param, Params};
-use crate::placement::{Dim, Placement, Region};
+use crate::placement::Placement::{Partial, Replicate, Shard};
+use crate::placement::{Dim, Region};
 use crate::tensor::Tensor;
 
 /// SwiGLU experts behind a router, with shared ones beside them if wanted.
 ///
-/// Experts lie along `ep`, their width along `tp`, as the plan says; the router is whole. The
-/// parameters are `gate.weight [experts, embed]`, `experts.{w1, w2, w3} [experts, out, in]` and
+/// Experts lie along `ep`, their width along `tp`, as the plan says; on a grid or cube its rows
+/// share the experts out and its columns cut their inputs. The router is whole. The parameters are `gate.weight [experts, embed]`, `experts.{w1, w2, w3} [experts, out, in]` and
 /// `shared_experts.{gate_proj, up_proj, down_proj}.weight`.
 #[derive(Debug)]
 pub struct Moe {
@@ -26,8 +29,8 @@ pub struct Moe {
     w2: Arc<Param>,
     w3: Arc<Param>,
     shared: Option<[Linear; 3]>,
-    /// Choices of each expert since the last [`Moe::balance`], of this rank's tokens.
-    load: Mutex<Vec<usize>>,
+    /// Choices of each expert in training since the last [`Moe::balance`], by all ranks' tokens.
+    load: Mutex<Vec<f32>>,
 }
 
 impl Moe {
@@ -59,7 +62,9 @@ impl Moe {
         let bias = bias
             .then(|| {
                 let dims = [Dim::Other(routing.experts)];
-                p.at("gate").tensor("e_score_correction_bias", &dims, Init::Constant(0.0))
+                // Its steps are smaller than what bf16 tells apart.
+                let p = p.at("gate").held_in(Dtype::F32);
+                p.tensor("e_score_correction_bias", &dims, Init::Constant(0.0))
             })
             .transpose()?;
         bias.iter().for_each(|b| b.set_trainable(false));
@@ -70,41 +75,64 @@ impl Moe {
             w2: e.tensor("w2", &[experts, embed, mlp], init)?,
             w3: e.tensor("w3", &[experts, mlp, embed], init)?,
             shared,
-            load: Mutex::new(vec![0; routing.experts]),
+            load: Mutex::new(vec![0.0; routing.experts]),
             routing,
         })
     }
 
     /// `x [batch, seq, embed]`, in the residual stream before and after.
     ///
-    /// `share` weighs the auxiliary losses: 1 over the microbatches of a training step, 0 when
-    /// nothing is learnt.
-    pub fn forward(&self, x: &Tensor, share: f32) -> Result<Tensor> {
-        let bias = self.bias.as_ref().map(|b| b.to_vec()).transpose()?;
-        let logits = self.gate.forward(x)?;
-        let (weights, choice) = logits.route(&self.routing, bias.as_deref(), share)?;
-        let [h, weights, choice] =
-            [x, &weights, &choice].map(|t| t.redistribute(Region::TensorParallel));
-        let (h, weights, w1) = (h?, weights?, self.w1.tensor());
-        let journey = Journey::new(&choice?, &self.routing, &w1)?;
-        if let Ok(mut load) = self.load.lock() {
-            load.iter_mut().zip(journey.load()).for_each(|(sum, n)| *sum += n);
+    /// In training `balance` is the step's, and `real` (`[batch, seq]` of `i32`, laid out as a
+    /// batch) is 0 for tokens that are padding.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        balance: Option<&Arc<Balance>>,
+        real: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let layer = self.w1.name();
+        let watch = balance.map(|balance| Watch { balance, layer, real });
+        let fake = x.scope().is_fake();
+        let bias = self.bias.as_ref().filter(|_| !fake).map(|b| b.to_vec()).transpose()?;
+        let logits = self.gate.forward(x)?.redistribute(Region::Router)?;
+        let (weights, choice) = logits.route(&self.routing, bias.as_deref(), watch)?;
+        // A layer that is run again in backward was run without a graph before.
+        if let Some(balance) = balance.filter(|_| is_grad_enabled()) {
+            let counts = balance.counts(layer);
+            self.load.lock().iter_mut().zip(counts).for_each(|(sum, n)| *sum += n);
         }
+        let h = x.redistribute(Region::Experts)?;
+        // Where the width is cut, every rank combines its part of it.
+        let mut layout = h.layout();
+        let cut: Vec<usize> = h.scope().wide_axes().filter(|a| layout[*a] == Shard(2)).collect();
+        cut.iter().for_each(|axis| layout[*axis] = Replicate);
+        let (weights, choice) = (weights.to_layout(layout)?, choice.to_layout(layout)?);
+        let parts = |rows: Tensor| -> Result<Tensor> {
+            let mut layout = rows.layout();
+            cut.iter()
+                .filter(|a| rows.layout()[**a] == Partial)
+                .for_each(|a| layout[*a] = Shard(1));
+            rows.to_layout(layout)
+        };
+        let w1 = self.w1.tensor();
+        let journey = Journey::new(&choice, &self.routing, &w1)?;
         let rows = h.dispatch(&journey)?;
-        let gate = rows.grouped_linear(&w1, &journey)?;
-        let up = rows.grouped_linear(&self.w3.tensor(), &journey)?;
+        let gate = parts(rows.grouped_linear(&w1, &journey)?)?;
+        let up = parts(rows.grouped_linear(&self.w3.tensor(), &journey)?)?;
         drop(rows);
-        let rows = gate.swiglu(&up)?.grouped_linear(&self.w2.tensor(), &journey)?;
+        let rows = parts(gate.swiglu(&up)?.grouped_linear(&self.w2.tensor(), &journey)?)?;
         let mut y = rows.combine_rows(&weights, &journey)?;
         if let Some([gate, up, down]) = &self.shared {
+            let h = x.redistribute(Region::TensorParallel)?;
             let h = gate.forward(&h)?.swiglu(&up.forward(&h)?)?;
-            y = y.add(&down.forward(&h)?)?;
+            let shared = down.forward(&h)?;
+            y = y.to_layout(shared.layout())?.add(&shared)?;
         }
         y.redistribute(Region::Residual)
     }
 
     /// Balancing without a loss (DeepSeek-V3): the bias of experts that got more than their share
-    /// of tokens since the last call falls by `rate`, that of the others rises. Every rank calls it.
+    /// of training tokens since the last call falls by `rate`, that of the others rises.
     ///
     /// # Errors
     /// [`Error::Other`] for a layer without a correction bias.
@@ -114,18 +142,7 @@ impl Moe {
                 "balance: the layer was made without a correction bias".into(),
             ));
         };
-        let mut load: Vec<f32> = match self.load.lock() {
-            Ok(mut load) => load.iter_mut().map(|n| std::mem::take(n) as f32).collect(),
-            Err(_) => return Err(Error::Other("balance: an earlier forward pass panicked".into())),
-        };
-        let scope = bias.scope();
-        let tokens = scope.sharding().region(Region::TensorParallel);
-        for axis in scope.wide_axes() {
-            if matches!(tokens[axis], Placement::Shard(_)) {
-                let group = scope.mesh().group(&scope.axis(axis).0).map_err(comm)?;
-                group.all_reduce(&mut load, ReduceOp::Sum).map_err(comm)?;
-            }
-        }
+        let load = std::mem::replace(&mut *self.load.lock(), vec![0.0; self.routing.experts]);
         let mean = load.iter().sum::<f32>() / load.len() as f32;
         let mut values = bias.to_vec()?;
         values.iter_mut().zip(&load).for_each(|(b, n)| *b += rate * sign(mean - n));

@@ -44,7 +44,7 @@ pub(crate) fn embedding(
     };
     let (outer, inner) = (group(&axes[0])?, axes.get(1).map(group).transpose()?);
     // [outer, inner, local ids], relative to the rows that are here.
-    let mut all = token_ids(ids, table.global_shape()[0])?;
+    let mut all = token_ids(ids, table.real_rows())?;
     for group in inner.iter().chain([&outer]) {
         let own = std::mem::take(&mut all);
         all = vec![0; own.len() * group.world_size()];

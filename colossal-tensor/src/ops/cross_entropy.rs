@@ -7,6 +7,7 @@
 use colossal_comm::ReduceOp;
 use colossal_kernels as kernels;
 
+use super::padding::is_padding;
 use super::produce;
 use crate::autograd::{Edge, is_grad_enabled, pretended, record_edges};
 use crate::dtype::{Dtype, float};
@@ -77,10 +78,7 @@ impl Tensor {
         if let Some(bad) =
             targets.iter().find(|t| **t != IGNORE && (**t < 0 || **t as usize >= global))
         {
-            return Err(Error::Other(format!(
-                "cross_entropy: target {bad} is outside the vocabulary of {global}; \
-                 mark tokens without loss with {IGNORE}"
-            )));
+            return Err(outside(*bad, &format!("0..{global}")));
         }
         let mut loss = Buffer::new::<f32>(rows);
         let mut lse = Buffer::new::<f32>(rows);
@@ -111,6 +109,10 @@ impl Tensor {
                         }
                     }
                     group.all_reduce(&mut message, ReduceOp::Sum).map_err(comm)?;
+                    let padding = (0..rows).find(|row| is_padding(message[rows + row]));
+                    if let Some(row) = padding {
+                        return Err(outside(targets[row], "the entries that the model has"));
+                    }
                     for row in 0..rows {
                         sum[row] = max[row] + message[row].ln();
                         max[row] = match targets[row] {
@@ -163,6 +165,13 @@ impl Tensor {
             back.give(0, Tensor::wrap(&scope, grad, &shape, dtype, grad_layout))
         }))
     }
+}
+
+fn outside(target: i32, entries: &str) -> Error {
+    Error::Other(format!(
+        "cross_entropy: target {target} is outside the vocabulary, {entries}; mark tokens without \
+         loss with {IGNORE}"
+    ))
 }
 
 /// Targets on the rows of the logits: after a product on a cube those have traded axes.

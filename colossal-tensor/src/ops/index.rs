@@ -49,7 +49,7 @@ impl Tensor {
         let local = if table.scope().is_fake() {
             Arc::new(vec![])
         } else {
-            let mut local = token_ids(ids, table.global_shape()[0])?;
+            let mut local = token_ids(ids, table.real_rows())?;
             let first = table.origin()[0] as i32;
             local.iter_mut().for_each(|id| *id -= first);
             Arc::new(local)

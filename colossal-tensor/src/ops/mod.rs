@@ -10,6 +10,7 @@ mod heads;
 mod index;
 mod matmul;
 mod norm;
+mod padding;
 mod reduce;
 mod reshape;
 mod rope;

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use colossal_comm::{Mesh, Verb, on_ranks};
-use colossal_tensor::moe::{Journey, Routing, Score};
+use colossal_tensor::moe::{Balance, Journey, Routing, Score, Watch};
 use colossal_tensor::nn::Moe;
+use colossal_tensor::safetensors::Archive;
 use colossal_tensor::*;
 
 use crate::{gradients, noise};
@@ -14,9 +15,9 @@ fn routing_dispatch_experts_and_combine_by_finite_differences() {
     let sigmoid = Routing { score: Score::Sigmoid, scale: 2.5, ..Routing::top_k(4, 2) };
     let plain = Routing { normalize: false, ..Routing::top_k(4, 1) };
     for routing in [Routing::top_k(4, 2), sigmoid, plain] {
-        gradients("route", &[&[5, 4]], &|x| Ok(x[0].scale(3.0)?.route(&routing, None, 0.0)?.0));
+        gradients("route", &[&[5, 4]], &|x| Ok(x[0].scale(3.0)?.route(&routing, None, None)?.0));
         gradients("experts", &[&[1, 5, 3], &[4, 3], &[4, 6, 3], &[4, 3, 6]], &|x| {
-            let (weights, choice) = x[0].linear(&x[1], None)?.route(&routing, None, 0.0)?;
+            let (weights, choice) = x[0].linear(&x[1], None)?.route(&routing, None, None)?;
             let journey = Journey::new(&choice, &routing, &x[2])?;
             let rows = x[0].dispatch(&journey)?.grouped_linear(&x[2], &journey)?.silu()?;
             rows.grouped_linear(&x[3], &journey)?.combine_rows(&weights, &journey)
@@ -24,50 +25,82 @@ fn routing_dispatch_experts_and_combine_by_finite_differences() {
     }
 }
 
-/// `E Σ f_e P_e` and `mean logsumexp²`, by their definitions.
-fn auxiliary(logits: &[f32], experts: usize, k: usize) -> (f64, f64) {
-    let tokens = logits.len() / experts;
-    let (mut share, mut mean, mut z) = (vec![0.0; experts], vec![0.0; experts], 0.0);
-    for row in logits.chunks(experts) {
-        let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
-        z += sum.ln().powi(2) / tokens as f64;
-        let mut order: Vec<usize> = (0..experts).collect();
-        order.sort_by(|a, b| row[*b].total_cmp(&row[*a]));
-        order[..k].iter().for_each(|e| share[*e] += 1.0 / tokens as f64);
-        for (m, x) in mean.iter_mut().zip(row) {
-            *m += f64::from(*x).exp() / sum / tokens as f64;
-        }
-    }
-    (share.iter().zip(&mean).map(|(f, p)| f * p).sum::<f64>() * experts as f64, z)
+fn golden() -> Archive {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/routing.safetensors");
+    Archive::open(&[path.into()]).unwrap()
 }
 
+fn close(what: &str, ours: &[f32], theirs: &[f32]) {
+    let largest = theirs.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let off = ours.iter().zip(theirs).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+    assert!(ours.len() == theirs.len() && off <= 1e-5 * largest, "{what}: {off} of {largest}");
+}
+
+/// transformers' `load_balancing_loss_func` and `router_z_loss_func`: values and gradients.
 #[test]
-fn auxiliary_and_z_losses_add_their_gradients() {
-    let (experts, k, tokens) = (6, 2, 7);
-    let values = noise(tokens * experts, 3);
+fn auxiliary_and_z_losses_of_two_layers_with_padding_equal_transformers() {
+    let golden = golden();
+    let read = |name: &str| golden.get(name).unwrap().to_vec().unwrap();
+    let real: Vec<i32> =
+        golden.get("real").unwrap().to_ints().unwrap().iter().map(|r| *r as i32).collect();
+    let real = Tensor::of(&real, &[2, 5]).unwrap();
     for (aux, z) in [(0.3, 0.0), (0.0, 0.2), (0.3, 0.2)] {
         let p = Params::new(&Scope::solo(), 0, Dtype::F32);
-        let dims = [Dim::Other(tokens), Dim::Other(experts)];
-        let x = p.tensor("x", &dims, Init::Constant(0.0)).unwrap();
-        x.set(&values).unwrap();
-        let routing = Routing { auxiliary: aux, z, ..Routing::top_k(experts, k) };
-        let grad = |share: f32| {
-            let (w, _) = x.tensor().route(&routing, None, share).unwrap();
-            w.sum().unwrap().backward().unwrap().get(&x).unwrap().to_vec()
-        };
-        // The weights sum to one: only the losses have a gradient here.
-        let (with, without) = (grad(0.5), grad(0.0));
-        assert!(without.iter().all(|g| g.abs() < 1e-6));
-        for i in 0..values.len() {
-            let at = |h: f32| {
-                let mut moved = values.clone();
-                moved[i] += h;
-                let (a, b) = auxiliary(&moved, experts, k);
-                0.5 * (f64::from(aux) * a + f64::from(z) * b)
-            };
-            let wanted = (at(1e-3) - at(-1e-3)) / 2e-3;
-            assert!((f64::from(with[i]) - wanted).abs() < 1e-4, "{i}: {} {wanted}", with[i]);
+        let layers: Vec<_> = (0..2)
+            .map(|i| {
+                let dims = [Dim::Other(10), Dim::Other(6)];
+                let x = p.at(i).tensor("logits", &dims, Init::Constant(0.0)).unwrap();
+                x.set(&read(&format!("logits.{i}"))).unwrap();
+                x
+            })
+            .collect();
+        let routing = Routing { auxiliary: aux, z, ..Routing::top_k(6, 2) };
+        let balance = Balance::new(0.5);
+        // The weights of a token sum to one: only the losses have a gradient here.
+        let mut loss = Tensor::of(&[0.0f32], &[1]).unwrap().sum().unwrap();
+        for x in &layers {
+            let watch = Watch { balance: &balance, layer: x.name(), real: Some(&real) };
+            let logits = x.tensor().reshape(&[2, 5, 6]).unwrap();
+            let (weights, _) = logits.route(&routing, None, Some(watch)).unwrap();
+            loss = loss.add(&weights.sum().unwrap()).unwrap();
         }
+        let value = 0.5 * (aux * read("even")[0] + z * read("z")[0]);
+        close("value", &[balance.loss()], &[value]);
+        let grads = loss.backward().unwrap();
+        for (i, x) in layers.iter().enumerate() {
+            let (even, lse) = (read(&format!("even.{i}")), read(&format!("z.{i}")));
+            let both: Vec<f32> =
+                even.iter().zip(&lse).map(|(e, l)| 0.5 * (aux * e + z * l)).collect();
+            close(&format!("{aux} {z}, layer {i}"), grads.get(x).unwrap(), &both);
+        }
+    }
+}
+
+/// Sigmoid, groups, a bias in the choice only, a factor.
+#[test]
+fn the_router_of_deepseek_v3_equals_transformers() {
+    let golden = golden();
+    for (kind, normalize) in [("normalized", true), ("plain", false)] {
+        let read = |name: &str| golden.get(&format!("{kind}.{name}")).unwrap();
+        let routing = Routing {
+            score: Score::Sigmoid,
+            groups: 4,
+            top_groups: 2,
+            normalize,
+            scale: 2.5,
+            ..Routing::top_k(12, 3)
+        };
+        let logits = Tensor::of(&read("logits").to_vec().unwrap(), &[9, 12]).unwrap();
+        let bias = read("bias").to_vec().unwrap();
+        let (weights, choice) = logits.route(&routing, Some(&bias), None).unwrap();
+        let (weights, choice) = (weights.to_vec().unwrap(), choice.to_vec_of::<i32>().unwrap());
+        // Theirs come in no order; the golden's by weight.
+        let mut sorted: Vec<(f32, i32)> = weights.into_iter().zip(choice).collect();
+        sorted.chunks_mut(3).for_each(|t| t.sort_by(|a, b| b.0.total_cmp(&a.0)));
+        let theirs = read("choice").to_ints().unwrap();
+        assert!(sorted.iter().map(|(_, e)| i64::from(*e)).eq(theirs), "{kind}");
+        let ours: Vec<f32> = sorted.iter().map(|(w, _)| *w).collect();
+        close(kind, &ours, &read("weights").to_vec().unwrap());
     }
 }
 
@@ -78,7 +111,7 @@ fn groups_and_a_bias_limit_and_move_the_choice_but_not_the_weights() {
     let grouped =
         Routing { score: Score::Sigmoid, groups: 2, top_groups: 1, ..Routing::top_k(6, 2) };
     let chosen = |routing: &Routing, bias: Option<&[f32]>| {
-        let (w, choice) = logits.route(routing, bias, 0.0).unwrap();
+        let (w, choice) = logits.route(routing, bias, None).unwrap();
         (w.to_vec().unwrap(), choice.to_vec_of::<i32>().unwrap())
     };
     let (w, choice) = chosen(&grouped, None);
@@ -103,7 +136,7 @@ fn capacity_drops_later_tokens_and_dropless_none() {
     let w = Tensor::of(&[1.0f32, 10.0], &[2, 1, 1]).unwrap();
     let run = |capacity: Option<f32>| {
         let routing = Routing { capacity, ..Routing::top_k(2, 1) };
-        let (weights, choice) = logits.route(&routing, None, 0.0).unwrap();
+        let (weights, choice) = logits.route(&routing, None, None).unwrap();
         let journey = Journey::new(&choice, &routing, &w).unwrap();
         assert_eq!(journey.load(), [0, 4]);
         let rows = x.dispatch(&journey).unwrap().grouped_linear(&w, &journey).unwrap();
@@ -129,7 +162,7 @@ fn a_bias_balances_experts_without_a_loss() {
     let x = Tensor::of(&x, &[4, 64, 4]).unwrap();
     let spread = |bias: &[f32]| {
         let logits = x.linear(&gate.tensor(), None).unwrap();
-        let (_, choice) = logits.route(&routing, Some(bias), 0.0).unwrap();
+        let (_, choice) = logits.route(&routing, Some(bias), None).unwrap();
         let mut load = [0; 8];
         choice.to_vec_of::<i32>().unwrap().iter().for_each(|e| load[*e as usize] += 1);
         *load.iter().max().unwrap() as f32 / 64.0
@@ -137,7 +170,9 @@ fn a_bias_balances_experts_without_a_loss() {
     let bias = p.get("gate.e_score_correction_bias").unwrap();
     let before = spread(&bias.to_vec().unwrap());
     for _ in 0..200 {
-        no_grad(|| moe.forward(&x, 0.0)).unwrap();
+        moe.forward(&x, Some(&Balance::new(1.0)), None).unwrap();
+        // What is run without learning does not count.
+        no_grad(|| moe.forward(&x, None, None)).unwrap();
         moe.balance(0.01).unwrap();
     }
     let after = spread(&bias.to_vec().unwrap());

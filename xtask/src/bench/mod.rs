@@ -3,7 +3,8 @@
 //! Both sides are processes that wait at a prompt and take turns, so that a noisy machine
 //! disturbs them alike and nobody pays twice for starting. Figures are medians over the turns;
 //! the floor is what the machine's multiply-adds or its memory would allow, measured in the same
-//! turns. `train` times whole steps, `decode` generation, `kernels` single kernels; other names run criterion benches.
+//! turns. `train` times whole steps, `plans` steps under parallel plans, `decode` generation,
+//! `kernels` single kernels; other names run criterion benches.
 
 mod comm;
 mod decode;
@@ -20,7 +21,8 @@ use prompt::Prompt;
 /// What to time.
 #[derive(Debug, Parser)]
 pub(crate) struct Args {
-    /// `train` (whole steps), `decode` (generation), `kernels`, `comm` (collectives), or a criterion bench; nothing runs them all.
+    /// `train` (whole steps), `plans` (steps in parallel), `decode` (generation), `kernels`, `comm`
+    /// (collectives), or a criterion bench; nothing runs them all.
     name: Option<String>,
     /// A peer: `python=PATH` of a Python that has torch.
     #[arg(long)]
@@ -43,6 +45,7 @@ pub(crate) struct Args {
 pub(crate) fn bench(args: &Args) -> Result<()> {
     let rows = match args.name.as_deref() {
         Some("train") => train(args)?,
+        Some("plans") => plans(args)?,
         Some("kernels") => kernels(args)?,
         Some("decode") => decode::decode(args)?,
         Some("comm") => comm::comm(args)?,
@@ -52,6 +55,7 @@ pub(crate) fn bench(args: &Args) -> Result<()> {
             let mut rows = kernels(args)?;
             rows.extend(train(args)?);
             rows.extend(decode::decode(args)?);
+            rows.extend(plans(args)?);
             rows
         }
     };
@@ -95,6 +99,47 @@ fn train(args: &Args) -> Result<Vec<Value>> {
         }
     }
     Ok(rows)
+}
+
+/// Tensor parallelism of two ranks with a thread each, and a mixture of experts on one rank with
+/// two, beside one rank and beside PyTorch.
+fn plans(args: &Args) -> Result<Vec<Value>> {
+    let ours = build("colossal-models", "plan_bench")?;
+    header("step under a plan, tokens/s");
+    let one = "one rank, two threads";
+    let mut rows = Vec::new();
+    for plan in ["tp 2", "tp 2, split_gather", "tp 2, ring"] {
+        let what = format!("llama-like f32, {plan}");
+        if !what.contains(&args.only) {
+            continue;
+        }
+        let mut side = Prompt::start(&ours, &["serve", "llama", plan], &[])?;
+        let serial = Prompt::start(&ours, &["serve", "llama", one], &[])?;
+        let mut peers = vec![(serial.name.clone(), serial)];
+        if plan == "tp 2" {
+            let variants = variants(args, &[]);
+            peers.extend(start(args, "xtask/peers/tensor_parallel_torch.py", &variants)?);
+        }
+        rows.extend(turns(args, &what, "step", &mut side, &mut peers, "tokens/s")?);
+    }
+    let what = "mixtral-like f32, dropless";
+    if what.contains(&args.only) {
+        let mut side = Prompt::start(&ours, &["serve", "moe", one], &[])?;
+        let mut peers = variants(args, &["--experts", "eager"]);
+        peers.extend(variants(args, &["--experts", "grouped_mm"]));
+        let mut peers = start(args, "xtask/peers/moe_torch.py", &peers)?;
+        rows.extend(turns(args, what, "step", &mut side, &mut peers, "tokens/s")?);
+    }
+    Ok(rows)
+}
+
+/// A peer as it is installed, and at its best.
+fn variants(args: &Args, arguments: &[&str]) -> Vec<Peer> {
+    let mut variants = vec![Peer::new("stock", arguments, false)];
+    if !args.stock {
+        variants.push(Peer::new("MKL unlocked", arguments, true));
+    }
+    variants
 }
 
 /// Kernel, type, sizes: `m n k` of products, `batch seq heads head_dim` of attention.
