@@ -104,8 +104,13 @@ impl Trainer {
         // Gradients become complete from the last layer to the first: so they lie in memory.
         let mut slots = Vec::new();
         let mut end = 0;
-        // What never learns by gradients keeps its own memory.
-        for param in model.params.all().into_iter().rev().filter(|p| p.is_trainable()) {
+        for param in model.params.all().into_iter().rev() {
+            // Refuses values that cannot be read, as those held in int8.
+            drop(param.lease()?);
+            // What never learns by gradients keeps its own memory.
+            if !param.is_trainable() {
+                continue;
+            }
             let range = end..end + param.len();
             end = range.end;
             slots.push(Slot::new(param, range));

@@ -7,7 +7,7 @@ use colossal_models::train::{
     load_checkpoint, save_checkpoint,
 };
 
-use crate::plans::{batch, close, llama, mixtral, optimizer, train_with};
+use crate::plans::{batch, close, mixtral, odd_llama, optimizer, train_with};
 
 fn with(rule: Rule) -> Optimizer {
     let lr = match rule {
@@ -43,7 +43,7 @@ fn every_optimizer_under_every_cut_equals_one_device() {
     ];
     let experts =
         [Plan { dp: 2, ep: 2, zero: 1, ..base.clone() }, Plan { ep: 2, tp: 2, ..base.clone() }];
-    for (config, plans) in [(llama(), &plans[..]), (mixtral(), &experts[..])] {
+    for (config, plans) in [(odd_llama(), &plans[..]), (mixtral(), &experts[..])] {
         for rule in rules() {
             let one = train_with(&Group::solo(), &Plan::default(), &config, 8, with(rule));
             let first = one.losses[0];
@@ -70,7 +70,7 @@ fn every_optimizer_resumes_bitwise_and_under_another_plan() {
             let path = dir.path().join("checkpoint-2");
             let plan = Plan { dp: 2, zero: 2, precision, ..Plan::default() };
             let new = |world: &Group, plan: &Plan| {
-                Trainer::new(world, plan, &llama(), with(rule), 1).unwrap()
+                Trainer::new(world, plan, &odd_llama(), with(rule), 1).unwrap()
             };
             let loss = |t: &mut Trainer, s| t.step(&batch(s)).unwrap().loss;
             let straight = on_ranks(2, |world| {
@@ -105,7 +105,7 @@ fn state_of_another_optimizer_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("checkpoint");
     let new =
-        |rule| Trainer::new(&Group::solo(), &Plan::default(), &llama(), with(rule), 1).unwrap();
+        |rule| Trainer::new(&Group::solo(), &Plan::default(), &odd_llama(), with(rule), 1).unwrap();
     let mut lion = new(Rule::LION);
     save_checkpoint(&lion, &path).unwrap();
     let error = load_checkpoint(&mut new(Rule::CAME), &path).unwrap_err().to_string();

@@ -527,7 +527,7 @@ fn layouts_of_published_sizes_hold_on_a_thousand_pretended_ranks() {
     assert_eq!(report.local_elements, (70_553_706_496 - 161 * 8192) / 8 + 161 * 8192);
 }
 
-fn odd_llama() -> DecoderConfig {
+pub(crate) fn odd_llama() -> DecoderConfig {
     let DecoderConfig::Llama(c) = llama() else { unreachable!("llama() is one") };
     DecoderConfig::Llama(LlamaConfig { vocab_size: 33, ..c })
 }
