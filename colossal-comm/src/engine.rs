@@ -45,6 +45,16 @@ pub(crate) struct Io<'a> {
     pub(crate) recv: Parts<'a>,
 }
 
+impl Io<'_> {
+    /// No buffers.
+    pub(crate) const NONE: Io<'static> = Io {
+        input: std::ptr::null(),
+        output: std::ptr::null_mut(),
+        send: Parts::Even(0),
+        recv: Parts::Even(0),
+    };
+}
+
 /// A direction of messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Way {

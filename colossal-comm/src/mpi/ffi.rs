@@ -1,7 +1,7 @@
 //! The few calls of MPI that the engine needs, all of which return at once.
 //!
-//! One lock is held around each call, so `MPI_THREAD_SERIALIZED` is enough, and a thread that
-//! waits polls without keeping others from making progress.
+//! One lock is held around calls ([`Calls`] is its proof), so `MPI_THREAD_SERIALIZED` is enough; a
+//! thread that waits polls, and hands the lock on to whoever waits for it.
 
 use std::ffi::{c_int, c_void};
 use std::sync::LazyLock;
@@ -9,19 +9,26 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use mpi::ffi;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::error::{Error, Result};
 
-/// Held around every call of MPI.
-static CALLS: Mutex<()> = Mutex::new(());
+static LOCK: Mutex<()> = Mutex::new(());
+
+/// The right to call MPI.
+pub(super) struct Calls(MutexGuard<'static, ()>);
+
+/// Waits for the right to call MPI.
+pub(super) fn calls() -> Calls {
+    Calls(LOCK.lock())
+}
 
 /// Was a group given up? Then requests are left behind, and a finalize could wait for ever.
 static FAILED: AtomicBool = AtomicBool::new(false);
 
 /// Initialises MPI, once in a process; it ends with the process.
 fn initialise() -> Result<()> {
-    let _calls = CALLS.lock();
+    let _calls = calls();
     let (mut before, mut provided) = (0, 0);
     // SAFETY: these calls are allowed before MPI is initialised, and after its end; the pointers
     // are valid, and null arguments are allowed since MPI 2.
@@ -50,7 +57,7 @@ extern "C" fn finalise() {
         return;
     }
     // Kept for ever: a thread that comes now must not call MPI any more.
-    std::mem::forget(CALLS.lock());
+    std::mem::forget(calls());
     // SAFETY: MPI was initialised, and nobody calls it after this.
     unsafe { ffi::MPI_Finalize() };
 }
@@ -82,8 +89,7 @@ unsafe impl Send for Request {}
 
 impl Request {
     /// Has it ended?
-    pub(super) fn test(&mut self) -> Result<bool> {
-        let _calls = CALLS.lock();
+    pub(super) fn test(&mut self, _: &Calls) -> Result<bool> {
         let mut flag = 0;
         // SAFETY: the request is ours; one that has ended is null, which may be tested.
         let code =
@@ -103,24 +109,45 @@ static KEEP: LazyLock<u64> = LazyLock::new(|| {
     if here.is_some_and(|n| n <= cores) { 5000 } else { 100 }
 });
 
-/// Polls `done` until it is true (then true) or the deadline has passed (then false): looks, then
+/// Polls `done` until it is true (then true) or `timeout` has passed (then false): looks, then
 /// offers the core, then naps.
-pub(super) fn poll(deadline: Instant, mut done: impl FnMut() -> Result<bool>) -> Result<bool> {
-    let keep = *KEEP;
-    for look in 0u64.. {
-        if done()? {
+pub(super) fn poll(
+    calls: &mut Calls,
+    timeout: Duration,
+    mut done: impl FnMut(&Calls) -> Result<bool>,
+) -> Result<bool> {
+    let (keep, mut deadline) = (*KEEP, None);
+    for look in 1u64.. {
+        if done(calls)? {
             return Ok(true);
         }
         match look {
+            _ if look < keep && look % 16 == 0 => MutexGuard::bump(&mut calls.0),
             _ if look < keep => std::hint::spin_loop(),
-            _ if look < keep + 4000 => std::thread::yield_now(),
-            _ => std::thread::sleep(Duration::from_micros(50)),
+            _ if look < keep + 4000 => MutexGuard::unlocked(&mut calls.0, std::thread::yield_now),
+            _ => MutexGuard::unlocked(&mut calls.0, || {
+                std::thread::sleep(Duration::from_micros(50));
+            }),
         }
-        if look % 64 == 63 && Instant::now() >= deadline {
-            return Ok(false);
+        if look % 64 == 0 {
+            let now = Instant::now();
+            if now >= *deadline.get_or_insert(now + timeout) {
+                return Ok(false);
+            }
         }
     }
     Ok(false)
+}
+
+/// Tests requests until one is under way; true when all have ended.
+pub(super) fn test_all(calls: &Calls, requests: &mut Vec<Request>) -> Result<bool> {
+    while let Some(request) = requests.last_mut() {
+        if !request.test(calls)? {
+            return Ok(false);
+        }
+        requests.pop();
+    }
+    Ok(true)
 }
 
 /// A communicator of ours.
@@ -139,8 +166,8 @@ unsafe impl Sync for Comm {}
 
 /// Lengths and offsets of a ragged collective, in elements.
 pub(super) struct Cuts {
-    lens: Vec<c_int>,
-    offsets: Vec<c_int>,
+    pub(super) lens: Vec<c_int>,
+    pub(super) offsets: Vec<c_int>,
 }
 
 impl Cuts {
@@ -155,6 +182,12 @@ impl Cuts {
         }
         count(at)?;
         Ok(cuts)
+    }
+
+    /// Nothing for `rank` itself: it has that already.
+    pub(super) fn without(mut self, rank: usize) -> Cuts {
+        self.lens[rank] = 0;
+        self
     }
 
     /// The same `len` elements, `n` times.
@@ -200,10 +233,9 @@ fn solid(address: *const u8) -> *const u8 {
     if address.addr() < 4096 { (&raw const NOTHING).cast() } else { address }
 }
 
-/// Starts a request under the lock.
+/// Starts a request.
 macro_rules! start {
     ($name:ident, $($argument:expr),* $(,)?) => {{
-        let _calls = CALLS.lock();
         let mut request = ffi::RSMPI_REQUEST_NULL;
         let code = ffi::$name($($argument),*, &raw mut request);
         check(stringify!($name), code)?;
@@ -224,7 +256,7 @@ impl Comm {
     }
 
     fn dup(of: ffi::MPI_Comm) -> Result<Comm> {
-        let calls = CALLS.lock();
+        let calls = calls();
         // SAFETY: a valid communicator; every process calls this in the same order.
         let raw = unsafe {
             let mut raw = of;
@@ -236,7 +268,7 @@ impl Comm {
     }
 
     fn of(raw: ffi::MPI_Comm) -> Result<Comm> {
-        let _calls = CALLS.lock();
+        let _calls = calls();
         let (mut rank, mut size) = (0, 0);
         // SAFETY: a valid communicator and valid pointers.
         unsafe {
@@ -250,7 +282,7 @@ impl Comm {
 
     /// Communicators of the ranks that name the same colour, all of whom are known to be here.
     pub(super) fn split(&self, color: usize) -> Result<[Comm; 2]> {
-        let calls = CALLS.lock();
+        let calls = calls();
         // SAFETY: a valid communicator; every rank is here.
         let raw = unsafe {
             let mut raw = self.raw;
@@ -274,6 +306,7 @@ impl Comm {
 
     pub(super) unsafe fn send(
         &self,
+        _: &Calls,
         from: *const u8,
         bytes: usize,
         to: usize,
@@ -293,6 +326,7 @@ impl Comm {
 
     pub(super) unsafe fn recv(
         &self,
+        _: &Calls,
         to: *mut u8,
         bytes: usize,
         from: usize,
@@ -305,6 +339,7 @@ impl Comm {
 
     pub(super) unsafe fn broadcast(
         &self,
+        _: &Calls,
         buffer: *mut u8,
         len: usize,
         size: usize,
@@ -317,6 +352,7 @@ impl Comm {
 
     pub(super) unsafe fn gather(
         &self,
+        _: &Calls,
         input: *const u8,
         output: *mut u8,
         cuts: &Cuts,
@@ -344,6 +380,7 @@ impl Comm {
 
     pub(super) unsafe fn scatter(
         &self,
+        _: &Calls,
         input: *const u8,
         output: *mut u8,
         cuts: &Cuts,
@@ -371,6 +408,7 @@ impl Comm {
 
     pub(super) unsafe fn all_to_all(
         &self,
+        _: &Calls,
         input: *const u8,
         send: &Cuts,
         output: *mut u8,

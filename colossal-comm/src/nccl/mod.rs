@@ -510,12 +510,9 @@ impl Engine for Nccl {
         name: String,
         site: &'static Location<'static>,
     ) -> Result<Engines> {
-        let none = Parts::Even(0);
-        let io =
-            Io { input: std::ptr::null(), output: std::ptr::null_mut(), send: none, recv: none };
         let call = Call::new(Verb::Split, DType::U8, 0, site);
         // SAFETY: a split has no buffers.
-        unsafe { self.collective(&call, io) }?;
+        unsafe { self.collective(&call, Io::NONE) }?;
         let (inner, turn) = (&*self.inner, self.turn.lock());
         inner.world.device.enter()?;
         let comm = inner.comm.split(color, inner.rank, inner.deadline());

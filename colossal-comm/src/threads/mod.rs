@@ -422,11 +422,8 @@ impl Engine for Threads {
         let engines = Threads::engines(rank, &pair);
         // Everybody has a handle after this: the registry may forget it.
         let call = Call::new(Verb::Split, crate::DType::U8, 0, site);
-        let none = Parts::Even(0);
-        let io =
-            Io { input: std::ptr::null(), output: std::ptr::null_mut(), send: none, recv: none };
         // SAFETY: a split has no buffers.
-        unsafe { self.collective(&call, io) }?;
+        unsafe { self.collective(&call, Io::NONE) }?;
         shared.children.lock().remove(&key);
         Ok(engines)
     }
