@@ -64,9 +64,8 @@ impl Turn {
         if rank == me { &self.mine } else { &self.theirs[rank * self.words..] }
     }
 
-    fn header(&self, rank: usize, me: usize) -> Header {
-        let bytes: &[u8] = bytemuck::cast_slice(self.packet(rank, me));
-        bytemuck::pod_read_unaligned(&bytes[..HEADER])
+    fn header(&self, rank: usize, me: usize) -> &Header {
+        bytemuck::from_bytes(bytemuck::cast_slice(&self.packet(rank, me)[..HEADER / 8]))
     }
 
     /// MPI may still read or write the packets: they are left to it.
@@ -158,7 +157,7 @@ impl Mpi {
         if ended && gone.is_none() {
             // Every rank compares the same headers in the same order.
             let mine = turn.header(me, me);
-            if (0..n).all(|r| turn.header(r, me).same(&mine)) {
+            if (0..n).all(|r| turn.header(r, me).same(mine)) {
                 return Ok(());
             }
         }
@@ -192,7 +191,7 @@ impl Mpi {
         }
         let mut missing: Vec<usize> = (0..n).filter(|r| turn.coming[*r].is_some()).collect();
         let first = turn.header(0, me);
-        let other = (1..n).find(|r| !turn.header(*r, me).same(&first));
+        let other = (1..n).find(|r| !turn.header(*r, me).same(first));
         if let (true, Some(other)) = (missing.is_empty(), other) {
             return Error::Mismatch {
                 group: group(),
