@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use colossal_kernels as kernels;
 use colossal_tensor::random::Stream;
 use colossal_tensor::{AttentionMask, Error, KvCache, Region, Result, no_grad};
 
@@ -86,17 +87,19 @@ pub fn generate(
         let mut step: Vec<Vec<i32>> = prompts.to_vec();
         let entries = model.config.vocab_size();
         loop {
-            let (logits, back) = forward(model, &step, cache)?;
+            let (mut logits, back) = forward(model, &step, cache)?;
             cache = back;
             let vocab = logits.len() / rows.len();
+            // A plan may have filled up the vocabulary.
+            logits.chunks_mut(vocab).for_each(|row| row[entries..].fill(f32::NEG_INFINITY));
+            let stats = at_temperature(&mut logits, vocab, sampling.temperature);
             let mut next = Vec::with_capacity(rows.len());
             let mut going = Vec::new();
             for (i, (row, logits)) in rows.iter().zip(logits.chunks(vocab)).enumerate() {
                 let completion = &mut done[*row];
                 let position = completion.ids.len() as u64;
                 let draw = Stream::new(sampling.seed, *row as u64).uniform(position);
-                // A plan may have filled up the vocabulary.
-                let (token, logprob) = choose(&logits[..entries], sampling, draw);
+                let (token, logprob) = choose(&logits[..entries], stats[i], sampling, draw);
                 completion.ids.push(token);
                 completion.logprobs.push(logprob);
                 on_token(*row, token);
@@ -153,53 +156,65 @@ fn forward(model: &CausalLm, new: &[Vec<i32>], cache: KvCache) -> Result<(Vec<f3
     Ok((logits, cache))
 }
 
-/// Chooses a token and gives its log-probability before top-k and top-p.
-fn choose(logits: &[f32], s: &Sampling, draw: f64) -> (i32, f32) {
-    let temperature = if s.temperature > 0.0 { s.temperature } else { 1.0 };
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0f64;
-    for l in logits {
-        sum += f64::from((l - max) / temperature).exp();
+/// Divides rows of logits by the temperature (0 counts as 1); the largest of each row, and the
+/// logarithm of the sum of its exponentials.
+fn at_temperature(logits: &mut [f32], vocab: usize, temperature: f32) -> Vec<(f32, f32)> {
+    if temperature > 0.0 && temperature != 1.0 {
+        logits.iter_mut().for_each(|l| *l /= temperature);
     }
-    let logprob = |i: usize| ((logits[i] - max) / temperature) - sum.ln() as f32;
+    let rows = logits.len() / vocab.max(1);
+    let (mut max, mut sum) = (vec![0.0; rows], vec![0.0; rows]);
+    kernels::logits_stats(logits, vocab, &mut max, &mut sum);
+    max.into_iter().zip(sum).map(|(max, sum)| (max, max + sum.ln())).collect()
+}
+
+/// Chooses a token and gives its log-probability before top-k and top-p.
+fn choose(logits: &[f32], (max, lse): (f32, f32), s: &Sampling, draw: f64) -> (i32, f32) {
+    let logprob = |i: usize| logits[i] - lse;
     if s.temperature <= 0.0 {
         let best = logits.iter().position(|l| *l == max).unwrap_or(0);
         return (best as i32, logprob(best));
     }
+    let weight = |i: usize| f64::from(logits[i] - max).exp();
     let mut kept: Vec<usize> = (0..logits.len()).collect();
-    let narrow = s.top_k > 0 || s.top_p < 1.0;
-    if narrow {
+    if s.top_k > 0 || s.top_p < 1.0 {
         kept.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
         if s.top_k > 0 {
             kept.truncate(s.top_k);
         }
-        if s.top_p < 1.0 {
-            let of = |i: usize| f64::from((logits[i] - max) / temperature).exp();
-            let total: f64 = kept.iter().map(|i| of(*i)).sum();
-            let mut cumulative = 0.0;
-            let enough = kept.iter().position(|i| {
-                cumulative += of(*i) / total;
-                cumulative >= f64::from(s.top_p)
-            });
-            kept.truncate(enough.map_or(kept.len(), |n| n + 1));
-        }
     }
-    let weight = |i: usize| f64::from((logits[i] - max) / temperature).exp();
-    let total: f64 = kept.iter().map(|i| weight(*i)).sum();
+    let mut weights: Vec<f64> = kept.iter().map(|i| weight(*i)).collect();
+    let mut total: f64 = weights.iter().sum();
+    if s.top_p < 1.0 {
+        let mut cumulative = 0.0;
+        let enough = weights.iter().position(|w| {
+            cumulative += w / total;
+            cumulative >= f64::from(s.top_p)
+        });
+        weights.truncate(enough.map_or(weights.len(), |n| n + 1));
+        total = weights.iter().sum();
+    }
     let mut left = draw * total;
-    for i in &kept {
-        left -= weight(*i);
+    for (i, w) in kept.iter().zip(&weights) {
+        left -= w;
         if left < 0.0 {
             return (*i as i32, logprob(*i));
         }
     }
-    let last = kept.last().copied().unwrap_or(0);
+    let last = weights.len().checked_sub(1).map_or(0, |n| kept[n]);
     (last as i32, logprob(last))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn choose(logits: &[f32], s: &Sampling, draw: f64) -> (i32, f32) {
+        let mut logits = logits.to_vec();
+        let vocab = logits.len();
+        let stats = at_temperature(&mut logits, vocab, s.temperature);
+        super::choose(&logits, stats[0], s, draw)
+    }
 
     #[test]
     fn greedy_takes_the_lowest_id_on_ties() {
