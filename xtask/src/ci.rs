@@ -27,6 +27,19 @@ pub(crate) fn test() -> Result<()> {
     run(&cargo(), &["test", "--workspace", "--doc"], &[])
 }
 
+/// The kernels on aarch64, where the compiler's plain code is their NEON path.
+fn elsewhere(cargo: &str) -> Result<()> {
+    const TARGET: &str = "aarch64-unknown-linux-gnu";
+    let sysroot = crate::bench::output("rustc", &["--print", "sysroot"])?;
+    if !std::path::Path::new(&sysroot).join("lib/rustlib").join(TARGET).join("lib").exists() {
+        println!("\nthe target {TARGET} is not installed: the kernels were not checked for it.");
+        println!("To check them: rustup target add {TARGET}");
+        return Ok(());
+    }
+    let lint = ["clippy", "-p", "colossal-kernels", "--target", TARGET, "--", "-D", "warnings"];
+    run(cargo, &lint, &[])
+}
+
 /// Everything.
 pub(crate) fn ci(tested: bool) -> Result<()> {
     let cargo = cargo();
@@ -36,6 +49,13 @@ pub(crate) fn ci(tested: bool) -> Result<()> {
     if !tested {
         test()?;
     }
+    // The kernels' own suite takes every path; here models are held to their references on each.
+    for isa in ["portable", "avx2", "avx512"] {
+        let models = ["test", "-p", "colossal-models", "--test", "it", "--"];
+        let suites = ["goldens", "int8", "optimizers"];
+        run(&cargo, &[&models[..], &suites].concat(), &[("COLOSSAL_ISA", isa)])?;
+    }
+    elsewhere(&cargo)?;
     for name in CRATES {
         run(&cargo, &["check", "-p", name], &[])?;
         run(&cargo, &["check", "-p", name, "--no-default-features"], &[])?;

@@ -1,6 +1,7 @@
 //! The micro-kernels: a tile of `MR x NR` sums held in registers.
 
 use crate::float::Float;
+#[cfg(target_arch = "x86_64")]
 use crate::isa::{Isa, isa};
 
 /// The largest tile of any kernel.

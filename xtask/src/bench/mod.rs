@@ -11,6 +11,8 @@ mod decode;
 mod page;
 mod prompt;
 
+pub(crate) use page::output;
+
 use anyhow::{Result, bail};
 use clap::Parser;
 use serde_json::{Value, json};

@@ -109,7 +109,7 @@ fn line(ratios: &[f64]) -> String {
     )
 }
 
-pub(super) fn output(program: &str, args: &[&str]) -> Result<String> {
+pub(crate) fn output(program: &str, args: &[&str]) -> Result<String> {
     let out = Command::new(program)
         .args(args)
         .output()
