@@ -41,7 +41,7 @@ impl Kernel {
             Isa::Portable => {}
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = isa();
+        let _ = T::NAME;
         Kernel { mr: 4, nr: 16, pairs: false, run: &PORTABLE_4X16 }
     }
 
