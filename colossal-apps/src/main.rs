@@ -342,7 +342,10 @@ fn run_training(task: TaskName, fields: &Fields, ranks: Option<usize>) -> anyhow
         TaskName::Reward => Task::Reward,
         TaskName::Ppo => Task::Ppo,
     };
-    println!("{}", train(task, &config)?);
+    let summary = train(task, &config)?;
+    if Launch::from_env().ok().flatten().is_none_or(|launch| launch.rank == 0) {
+        println!("{summary}");
+    }
     Ok(())
 }
 
@@ -373,7 +376,7 @@ fn talk(
 }
 
 fn failed(error: &anyhow::Error) -> ExitCode {
-    eprintln!("error: {error:#}");
+    eprintln!("{}", launch::failure(error));
     ExitCode::FAILURE
 }
 

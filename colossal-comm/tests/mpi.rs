@@ -25,8 +25,13 @@ fn start() {
     for (scene, n) in
         [("conform", 2), ("conform", 4), ("mismatch", 3), ("leave", 3), ("late", 3), ("panic", 2)]
     {
-        let mut job = Command::new("mpirun")
-            .args(["-n", &n.to_string(), "--oversubscribe"])
+        // Another launcher, with its arguments: of MPICH, or over hosts.
+        let mpirun = std::env::var("COLOSSAL_MPIRUN");
+        let mpirun = mpirun.unwrap_or_else(|_| "mpirun --oversubscribe".into());
+        let mut words = mpirun.split_whitespace();
+        let mut job = Command::new(words.next().expect("a launcher"))
+            .args(words)
+            .args(["-n", &n.to_string()])
             .arg(&me)
             .env("COLOSSAL_SCENE", scene)
             // Containers have one user, and no leave to read another process's memory.

