@@ -225,3 +225,47 @@ impl Walk {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use colossal_comm::{Mesh, on_ranks};
+
+    use super::*;
+    use crate::storage::{memory_stats, reset_peak};
+
+    /// While the tokens of one rank are multiplied, those of the next, or the sum so far, travel.
+    #[test]
+    fn the_next_chunk_is_posted_before_a_chunk_is_multiplied() {
+        let (n, part, width) = (4, 256, 8);
+        on_ranks(n, |world| {
+            let mesh = Mesh::new(&world, &[("tp", n)]).unwrap();
+            let group = mesh.group("tp").unwrap().clone();
+            let walk = Walk { group: group.clone(), batch: 1, part };
+            let own = vec![1.0f32; part * width];
+            let chunk = own.len() * size_of::<f32>();
+            let posted = || group.counters().calls() as usize;
+            let (mut step, base) = (0, memory_stats().in_use);
+            reset_peak();
+            walk.gather(&own, width, |_, _, _| {
+                assert_eq!(posted(), (step + 1).min(n - 1));
+                step += 1;
+            })
+            .unwrap();
+            // What is here and what is coming.
+            assert_eq!((step, memory_stats().peak - base), (n, 2 * chunk));
+            let before = posted();
+            let mut sum = Buffer::new::<f32>(own.len());
+            let base = memory_stats().in_use;
+            (step, _) = (0, reset_peak());
+            walk.scatter(width, &mut sum, |_, _, term: &mut [f32]| {
+                assert_eq!(posted() - before, step);
+                term.fill(1.0);
+                step += 1;
+            })
+            .unwrap();
+            assert!(sum.as_slice::<f32>().iter().all(|x| *x == n as f32));
+            // This chunk's term, and the sum that leaves beside the one that comes.
+            assert_eq!((step, memory_stats().peak - base), (n, 3 * chunk));
+        });
+    }
+}

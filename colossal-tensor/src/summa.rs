@@ -246,3 +246,46 @@ fn start<T: Element>(group: &Group, own: &[T], root: usize) -> colossal_comm::Pe
 fn block<T: Pod>(here: bool, own: &[T]) -> Typed<T> {
     Typed::new(if here { Buffer::from_slice(own) } else { Buffer::new::<T>(own.len()) })
 }
+
+#[cfg(test)]
+mod tests {
+    use colossal_comm::{Mesh, Verb, on_ranks};
+
+    use super::*;
+    use crate::storage::{memory_stats, reset_peak};
+
+    /// While a step multiplies, the next blocks are on their way, and no more than those.
+    #[test]
+    fn the_next_blocks_are_posted_before_a_step_multiplies() {
+        let (q, len) = (3, 4096);
+        on_ranks(q * q, |world| {
+            let mesh = Mesh::new(&world, &[("row", q), ("col", q)]).unwrap();
+            let group = |axis| mesh.group(axis).unwrap().clone();
+            let grid = Grid { column: group("row"), row: group("col") };
+            let own = vec![world.rank() as f32; len];
+            let sent = |group: &Group, verb| group.counters().calls_of(verb);
+            let base = memory_stats().in_use;
+            reset_peak();
+            grid.outer(&own, &own, |l, _, _| {
+                let posted = (l + 2).min(q) as u64;
+                assert_eq!(sent(&grid.row, Verb::Broadcast), posted);
+                assert_eq!(sent(&grid.column, Verb::Broadcast), posted);
+            })
+            .unwrap();
+            let block = len * size_of::<f32>();
+            // Two blocks of each operand: this step's and the next one's.
+            assert_eq!(memory_stats().peak - base, 2 * 2 * block);
+            let before = sent(&grid.column, Verb::Broadcast);
+            let (mut l, mut out) = (0, own.clone());
+            reset_peak();
+            grid.sum_along_rows(&own, &mut out, |_, _: &mut [f32]| {
+                assert_eq!(sent(&grid.column, Verb::Broadcast) - before, (l + 2).min(q) as u64);
+                assert_eq!(sent(&grid.row, Verb::Reduce), l as u64);
+                l += 1;
+            })
+            .unwrap();
+            // Two blocks and the sum of a step.
+            assert_eq!(memory_stats().peak - base, 3 * block);
+        });
+    }
+}

@@ -66,7 +66,7 @@ fn attend(scope: &Scope, case: Case, dtype: Dtype) -> [Vec<f32>; 4] {
 }
 
 /// The rows of these tokens out of `[batch, seq, row]`.
-fn cut(values: &[f32], seq: usize, row: usize, tokens: &[usize]) -> Vec<f32> {
+fn cut<T: Copy>(values: &[T], seq: usize, row: usize, tokens: &[usize]) -> Vec<T> {
     let sequences = values.chunks(seq * row);
     sequences.flat_map(|s| tokens.iter().flat_map(|t| s[t * row..][..row].to_vec())).collect()
 }
@@ -111,6 +111,140 @@ fn ring_and_ulysses_equal_one_device_causal_and_full_with_padding_and_grouped_he
     }
     agrees(&[("ring", 4)], &[ring()], CASE, Dtype::Bf16);
     agrees(&[("ulysses", 4)], &[ulysses()], CASE, Dtype::Bf16);
+}
+
+/// Attention and its gradients in f64, by their definitions: out, dq, dk, dv.
+fn attention_f64(case: Case, q: &[f32], k: &[f32], v: &[f32], dout: &[f32]) -> [Vec<f64>; 4] {
+    let Case { batch, seq, heads, kv_heads, causal, .. } = case;
+    let (scale, group) = (1.0 / (HEAD_DIM as f64).sqrt(), heads / kv_heads);
+    let at = |b: usize, t: usize, h: usize, of: usize| ((b * seq + t) * of + h) * HEAD_DIM;
+    let row = |x: &[f32], i: usize| -> Vec<f64> {
+        x[i..i + HEAD_DIM].iter().map(|x| f64::from(*x)).collect()
+    };
+    let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
+    let mut all = [q.len(), q.len(), k.len(), v.len()].map(|n| vec![0.0; n]);
+    for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
+        for t in 0..seq {
+            let i = at(b, t, h, heads);
+            let (q, dout) = (row(q, i), row(dout, i));
+            let keys = if causal { t + 1 } else { seq };
+            let j = |s: usize| at(b, s, h / group, kv_heads);
+            let scores: Vec<f64> =
+                (0..keys).map(|s| (scale * dot(&q, &row(k, j(s)))).exp()).collect();
+            let sum: f64 = scores.iter().sum();
+            let dp: Vec<f64> = (0..keys).map(|s| dot(&dout, &row(v, j(s)))).collect();
+            let mean: f64 = scores.iter().zip(&dp).map(|(p, d)| p / sum * d).sum();
+            for s in 0..keys {
+                let (p, ds) = (scores[s] / sum, scores[s] / sum * (dp[s] - mean) * scale);
+                let (key, value) = (row(k, j(s)), row(v, j(s)));
+                for d in 0..HEAD_DIM {
+                    all[0][i + d] += p * value[d];
+                    all[1][i + d] += ds * key[d];
+                    all[2][j(s) + d] += ds * q[d];
+                    all[3][j(s) + d] += p * dout[d];
+                }
+            }
+        }
+    }
+    all
+}
+
+fn near(what: &str, ours: &[f32], theirs: &[f64]) {
+    let largest = theirs.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+    let off = ours.iter().zip(theirs).fold(0.0f64, |m, (a, b)| m.max((f64::from(*a) - b).abs()));
+    assert!(ours.len() == theirs.len() && off <= 3e-6 * largest, "{what}: {off} of {largest}");
+}
+
+/// ColossalAI's `ring` mode has the right output and wrong gradients at every size (W01): here
+/// ring attention and Ulysses against f64, causal and full.
+#[test]
+fn w01_attention_gradients_equal_f64_at_two_to_eight_ranks() {
+    for ranks in 2..=8 {
+        for causal in [true, false] {
+            let seq = 4 * ranks;
+            let case =
+                Case { batch: 2, seq, heads: 2 * ranks, kv_heads: ranks, causal, lengths: false };
+            let values = |heads: usize, seed| noise(2 * seq * heads * HEAD_DIM, seed);
+            let (q, k, v) = (values(2 * ranks, 1), values(ranks, 2), values(ranks, 3));
+            let whole = attention_f64(case, &q, &k, &v, &values(2 * ranks, 4));
+            for (axis, role) in [("ring", ring()), ("ulysses", ulysses())] {
+                on_ranks(ranks, |world| {
+                    let mesh = Mesh::new(&world, &[(axis, ranks)]).unwrap();
+                    let scope = Scope::new(mesh, Sharding::new(vec![role.clone()]));
+                    let own = scope.tokens(seq).unwrap();
+                    for (i, ours) in attend(&scope, case, Dtype::F32).iter().enumerate() {
+                        let row = HEAD_DIM * if i < 2 { 2 * ranks } else { ranks };
+                        let what = ["out", "dq", "dk", "dv"][i];
+                        let what = format!("{axis} on {ranks}, causal {causal}: {what}");
+                        near(&what, ours, &cut(&whole[i], seq, row, &own));
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// The products of `split_gather` and `ring`, up and down, against f64 (W01).
+#[test]
+fn w01_product_gradients_equal_f64_at_two_to_eight_ranks() {
+    let (batch, embed) = (2, 5);
+    for ranks in 2..=8 {
+        let (seq, mlp) = (2 * ranks, 3 * ranks);
+        let tokens = batch * seq;
+        let (x, up, down) =
+            (noise(tokens * embed, 1), noise(mlp * embed, 2), noise(embed * mlp, 3));
+        let dy = noise(tokens * embed, 4);
+        // a [m, k] times b [k, n], either of them transposed in memory.
+        let product = |[m, k, n]: [usize; 3],
+                       a: &dyn Fn(usize, usize) -> f64,
+                       b: &dyn Fn(usize, usize) -> f64| {
+            let mut c = vec![0.0f64; m * n];
+            for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                c[i * n + j] = (0..k).map(|l| a(i, l) * b(l, j)).sum();
+            }
+            c
+        };
+        let at = |of: &[f32], width: usize, i: usize, j: usize| f64::from(of[i * width + j]);
+        let h = product([tokens, embed, mlp], &|t, e| at(&x, embed, t, e), &|e, m| {
+            at(&up, embed, m, e)
+        });
+        let dh = product([tokens, embed, mlp], &|t, e| at(&dy, embed, t, e), &|e, m| {
+            at(&down, mlp, e, m)
+        });
+        let dx =
+            product([tokens, mlp, embed], &|t, m| dh[t * mlp + m], &|m, e| at(&up, embed, m, e));
+        let dup =
+            product([mlp, tokens, embed], &|m, t| dh[t * mlp + m], &|t, e| at(&x, embed, t, e));
+        let ddown =
+            product([embed, tokens, mlp], &|e, t| at(&dy, embed, t, e), &|t, m| h[t * mlp + m]);
+        for (mode, role) in
+            [("split_gather", Role::tensor(true)), ("ring", Role::tensor_overlapped())]
+        {
+            on_ranks(ranks, |world| {
+                let mesh = Mesh::new(&world, &[("tp", ranks)]).unwrap();
+                let scope = Scope::new(mesh, Sharding::new(vec![role.clone()]));
+                let p = Params::new(&scope, 0, Dtype::F32);
+                let make = |name: &str, dims: &[Dim], whole: &[f32]| {
+                    let param = p.tensor(name, dims, Init::Constant(0.0)).unwrap();
+                    param.set(&param.shard_of(whole)).unwrap();
+                    param
+                };
+                let input = make("x", &[Dim::Other(batch), Dim::Mlp(seq), Dim::Other(embed)], &x);
+                let w1 = make("up", &[Dim::Mlp(mlp), Dim::Embed(embed)], &up);
+                let w2 = make("down", &[Dim::Embed(embed), Dim::Mlp(mlp)], &down);
+                let y = input.tensor().redistribute(Region::TensorParallel).unwrap();
+                let y = y.linear(&w1.tensor(), None).unwrap().linear(&w2.tensor(), None).unwrap();
+                let y = y.redistribute(Region::Residual).unwrap();
+                let grads = y.weighted_sum(&input.shard_of(&dy)).unwrap().backward().unwrap();
+                for (param, whole) in [(&input, &dx), (&w1, &dup), (&w2, &ddown)] {
+                    let what = format!("{mode} on {ranks}: {}", param.name());
+                    let mut part = vec![];
+                    param.for_each_run(|at, n| part.extend_from_slice(&whole[at..at + n]));
+                    near(&what, grads.get(param).unwrap(), &part);
+                }
+            });
+        }
+    }
 }
 
 /// ColossalAI builds wrong groups for its double ring unless inner² = ranks (W02).
