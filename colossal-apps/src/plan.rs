@@ -262,9 +262,9 @@ fn cuts(role: &Role) -> String {
         Nothing => {}
         Named(names) if names.len() == 1 => what.push("experts"),
         Named(_) => what.push("heads, mlp, vocab"),
-        GridRow => what.push("input dims"),
+        GridRow => what.push("input dims, vocab, experts"),
         GridCol => what.push("output dims, width"),
-        CubeRow => what.push("heads, mlp, vocab"),
+        CubeRow => what.push("heads, mlp, vocab, experts"),
         CubeCol => what.push("width"),
         CubeDepth => what.push("weights again"),
     }
@@ -360,11 +360,11 @@ pub fn picture(plan: &Plan) -> String {
             }
             holds.push(format!("{axis} {}: {} {}/{n}", coords[i], cuts(role), coords[i] + 1));
         }
-        let hue = 360.0 * weights.0 as f64 / weights.1 as f64;
-        let light = 86.0 - 34.0 * data.0 as f64 / data.1 as f64;
+        let shade = data.0 as f64 / data.1 as f64;
+        let fill = colour(weights, shade);
         let _ = writeln!(
             svg,
-            "<rect x=\"{x}\" y=\"{y}\" width=\"{w}\" height=\"{w}\" fill=\"hsl({hue:.0},65%,{light:.0}%)\">\
+            "<rect x=\"{x}\" y=\"{y}\" width=\"{w}\" height=\"{w}\" fill=\"{fill}\">\
              <title>rank {rank}\n{}</title></rect>",
             holds.join("\n"),
             w = cell - 2
@@ -377,8 +377,36 @@ pub fn picture(plan: &Plan) -> String {
                 y + 14
             );
         }
+        if cell > 50 {
+            let wide = axes.iter().filter_map(|(axis, _)| all.iter().position(|(a, _)| a == axis));
+            for (line, i) in wide.take(3).enumerate() {
+                let _ = writeln!(
+                    svg,
+                    "<text x=\"{}\" y=\"{}\" font-size=\"9\" fill=\"#333\" pointer-events=\"none\">{} {}</text>",
+                    x + 4,
+                    y + 27 + 11 * line,
+                    all[i].0,
+                    coords[i]
+                );
+            }
+        }
     }
     svg + "</svg>\n"
+}
+
+/// One hue a part of the weights, neighbours far apart; darker from part to part of the data.
+fn colour((part, parts): (usize, usize), shade: f64) -> String {
+    const GOLDEN: f64 = 0.618_033_988_75;
+    let hue = if parts == 1 { 0.58 } else { (part as f64 * GOLDEN).fract() };
+    let light = 0.86 - 0.3 * shade;
+    let chroma = 0.65 * (1.0 - (2.0 * light - 1.0).abs());
+    // Red, green and blue lie a third of the circle apart.
+    let channel = |at: f64| {
+        let far = ((hue - at).rem_euclid(1.0) - 0.5).abs();
+        let level = (6.0 * far - 1.0).clamp(0.0, 1.0);
+        (255.0 * (light + chroma * (level - 0.5))).round() as u8
+    };
+    format!("#{:02x}{:02x}{:02x}", channel(0.0), channel(1.0 / 3.0), channel(2.0 / 3.0))
 }
 
 /// The plan in a line.

@@ -119,29 +119,25 @@ fn plans(args: &Args) -> Result<Vec<Value>> {
         let serial = Prompt::start(&ours, &["serve", "llama", one], &[])?;
         let mut peers = vec![(serial.name.clone(), serial)];
         if plan == "tp 2" {
-            let variants = variants(args, &[]);
-            peers.extend(start(args, "xtask/peers/tensor_parallel_torch.py", &variants)?);
+            let peer = best(args, &[]);
+            peers.extend(start(args, "xtask/peers/tensor_parallel_torch.py", &[peer])?);
         }
         rows.extend(turns(args, &what, "step", &mut side, &mut peers, "tokens/s")?);
     }
     let what = "mixtral-like f32, dropless";
     if what.contains(&args.only) {
         let mut side = Prompt::start(&ours, &["serve", "moe", one], &[])?;
-        let mut peers = variants(args, &["--experts", "eager"]);
-        peers.extend(variants(args, &["--experts", "grouped_mm"]));
+        let peers = ["eager", "grouped_mm"].map(|kind| best(args, &["--experts", kind]));
         let mut peers = start(args, "xtask/peers/moe_torch.py", &peers)?;
         rows.extend(turns(args, what, "step", &mut side, &mut peers, "tokens/s")?);
     }
     Ok(rows)
 }
 
-/// A peer as it is installed, and at its best.
-fn variants(args: &Args, arguments: &[&str]) -> Vec<Peer> {
-    let mut variants = vec![Peer::new("stock", arguments, false)];
-    if !args.stock {
-        variants.push(Peer::new("MKL unlocked", arguments, true));
-    }
-    variants
+/// A peer at its best, or as it is installed if asked for.
+fn best(args: &Args, arguments: &[&str]) -> Peer {
+    let name = if args.stock { "stock" } else { "MKL unlocked" };
+    Peer::new(name, arguments, !args.stock)
 }
 
 /// Kernel, type, sizes: `m n k` of products, `batch seq heads head_dim` of attention.
@@ -177,11 +173,7 @@ fn kernels(args: &Args) -> Result<Vec<Value>> {
     header("kernel, calls/s (attention, cross-entropy: forward + backward)");
     let threads = args.threads.to_string();
     let mut ours = Prompt::start(&ours, &[&threads], &[])?;
-    let flags = ["--threads", threads.as_str()];
-    let peer = match args.stock {
-        true => Peer::new("stock", &flags, false),
-        false => Peer::new("MKL unlocked", &flags, true),
-    };
+    let peer = best(args, &["--threads", threads.as_str()]);
     let mut peers = start(args, "xtask/peers/kernels_torch.py", &[peer])?;
     let mut rows = Vec::new();
     for case in CASES.iter().filter(|c| c.contains(&args.only)) {
