@@ -301,6 +301,8 @@ pub fn picture(plan: &Plan) -> String {
     // Two innermost axes are the rows and columns of a block, the others number the blocks.
     let size = |from_end: usize| axes.len().checked_sub(from_end).map_or(1, |i| axes[i].1);
     let (columns, rows) = (size(1), size(2));
+    // A long axis is folded instead.
+    let rows = if rows > 64.max(4 * columns) { 1 } else { rows };
     let blocks = ranks / (columns * rows);
     let shown = (SHOWN / (columns * rows)).clamp(1, blocks);
     let across = (shown as f64 * rows as f64 / columns as f64).sqrt().ceil().max(1.0) as usize;
@@ -379,12 +381,12 @@ pub fn picture(plan: &Plan) -> String {
         }
         if cell > 50 {
             let wide = axes.iter().filter_map(|(axis, _)| all.iter().position(|(a, _)| a == axis));
-            for (line, i) in wide.take(3).enumerate() {
+            for (line, i) in wide.take(4).enumerate() {
                 let _ = writeln!(
                     svg,
                     "<text x=\"{}\" y=\"{}\" font-size=\"9\" fill=\"#333\" pointer-events=\"none\">{} {}</text>",
                     x + 4,
-                    y + 27 + 11 * line,
+                    y + 25 + 9 * line,
                     all[i].0,
                     coords[i]
                 );
