@@ -1,6 +1,8 @@
 //! Every kernel against its plain form or finite differences, on every instruction set that the
 //! machine has and on one, two and three threads.
 
+#[path = "it/accuracy.rs"]
+mod accuracy;
 #[path = "it/activation.rs"]
 mod activation;
 #[path = "it/attention.rs"]
