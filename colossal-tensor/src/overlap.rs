@@ -228,10 +228,36 @@ impl Walk {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant};
+
     use colossal_comm::{Mesh, on_ranks};
 
     use super::*;
     use crate::storage::{memory_stats, reset_peak};
+
+    /// Nobody waits for a chunk before what is here has been multiplied.
+    #[test]
+    fn own_tokens_are_multiplied_before_those_of_others_have_come() {
+        let multiplied = AtomicBool::new(false);
+        on_ranks(2, |world| {
+            let mesh = Mesh::new(&world, &[("tp", 2)]).unwrap();
+            let walk = Walk { group: mesh.group("tp").unwrap().clone(), batch: 1, part: 4 };
+            let start = Instant::now();
+            while world.rank() == 1 && !multiplied.load(Ordering::SeqCst) {
+                assert!(start.elapsed() < Duration::from_secs(5), "rank 0 waits for this one");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let mut owners = vec![];
+            walk.gather(&[world.rank() as f32; 4], 1, |_, owner, rows| {
+                multiplied.store(true, Ordering::SeqCst);
+                owners.push((owner, rows[0] as usize));
+            })
+            .unwrap();
+            let me = world.rank();
+            assert_eq!(owners, [(me, me), (1 - me, 1 - me)]);
+        });
+    }
 
     /// While the tokens of one rank are multiplied, those of the next, or the sum so far, travel.
     #[test]
