@@ -140,13 +140,36 @@ pub(crate) fn pretended(
 
 /// Where gradients of parameters go.
 pub trait GradSink {
-    /// Lends the f32 accumulator of `param` (its local length) to `add`, which adds to it.
-    fn accumulate(&mut self, param: &Arc<Param>, add: &mut dyn FnMut(&mut [f32])) -> Result<()>;
+    /// Lends the accumulator of `param` (its local length) to `add`, which adds to it.
+    fn accumulate(
+        &mut self,
+        param: &Arc<Param>,
+        add: &mut dyn FnMut(Accumulator<'_>),
+    ) -> Result<()>;
 
     /// Every use of `param` in this backward pass has been added: its gradient may be sent.
     fn complete(&mut self, param: &Arc<Param>) -> Result<()> {
         let _ = param;
         Ok(())
+    }
+}
+
+/// The f32 sum that a gradient is added to.
+#[derive(Debug)]
+pub struct Accumulator<'a> {
+    /// The sum so far.
+    pub sum: &'a mut [f32],
+    /// Nothing was added yet: `sum` holds anything and counts as zeros.
+    pub fresh: bool,
+}
+
+impl<'a> Accumulator<'a> {
+    /// The sum, to be added to.
+    pub fn zeroed(self) -> &'a mut [f32] {
+        if self.fresh {
+            colossal_kernels::fill(self.sum, 0.0);
+        }
+        self.sum
     }
 }
 
@@ -170,10 +193,15 @@ impl Grads {
 }
 
 impl GradSink for Grads {
-    fn accumulate(&mut self, param: &Arc<Param>, add: &mut dyn FnMut(&mut [f32])) -> Result<()> {
+    fn accumulate(
+        &mut self,
+        param: &Arc<Param>,
+        add: &mut dyn FnMut(Accumulator<'_>),
+    ) -> Result<()> {
         let len = param.shape().iter().product();
-        let grad = self.by_id.entry(param.id()).or_insert_with(|| Buffer::zeros::<f32>(len));
-        add(grad.as_mut_slice());
+        let fresh = !self.by_id.contains_key(&param.id());
+        let grad = self.by_id.entry(param.id()).or_insert_with(|| Buffer::new::<f32>(len));
+        add(Accumulator { sum: grad.as_mut_slice(), fresh });
         Ok(())
     }
 
@@ -187,7 +215,7 @@ impl GradSink for Grads {
 #[derive(Default)]
 pub struct Deferred(Vec<Job>);
 
-type Accumulate = Box<dyn FnOnce(&mut [f32]) -> Result<()> + Send>;
+type Accumulate = Box<dyn FnOnce(Accumulator<'_>) -> Result<()> + Send>;
 
 struct Job {
     param: Arc<Param>,
@@ -222,7 +250,7 @@ impl Deferred {
 fn deposit(
     sink: &mut dyn GradSink,
     param: &Arc<Param>,
-    add: impl FnOnce(&mut [f32]) -> Result<()>,
+    add: impl FnOnce(Accumulator<'_>) -> Result<()>,
 ) -> Result<()> {
     let (mut add, mut result) = (Some(add), Ok(()));
     sink.accumulate(param, &mut |acc| {
@@ -272,19 +300,29 @@ impl Backward<'_> {
                 float!("backward", grad.dtype(), T => {
                     let values = grad.read::<T>()?;
                     self.sink.accumulate(&param, &mut |acc| {
-                        colossal_kernels::add_into(values.as_slice::<T>(), acc);
+                        colossal_kernels::add_into(values.as_slice::<T>(), acc.zeroed());
                     })
                 })
             }
         }
     }
 
-    /// Input `i` is a weight: `add` adds its gradient to an f32 accumulator, now or later.
+    /// Input `i` is a weight: `add` adds its gradient to an f32 sum, now or later.
     pub(crate) fn weight(
         &mut self,
         i: usize,
         like: &Weight,
         add: impl FnOnce(&mut [f32]) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        self.weight_fresh(i, like, |acc| add(acc.zeroed()))
+    }
+
+    /// As [`Backward::weight`], for an `add` that can overwrite what is fresh.
+    pub(crate) fn weight_fresh(
+        &mut self,
+        i: usize,
+        like: &Weight,
+        add: impl FnOnce(Accumulator<'_>) -> Result<()> + Send + 'static,
     ) -> Result<()> {
         match self.inputs[i].clone() {
             Edge::None => Ok(()),
@@ -296,8 +334,8 @@ impl Backward<'_> {
                 None => deposit(self.sink, &param, add),
             },
             Edge::Node(_) => {
-                let mut grad = Buffer::zeros::<f32>(like.shape.iter().product());
-                add(grad.as_mut_slice())?;
+                let mut grad = Buffer::new::<f32>(like.shape.iter().product());
+                add(Accumulator { sum: grad.as_mut_slice(), fresh: true })?;
                 let grad =
                     Tensor::wrap(&like.scope, grad, &like.shape, Dtype::F32, like.layout.dual());
                 self.give(i, crate::no_grad(|| grad.to_dtype(like.dtype))?)
@@ -322,7 +360,11 @@ impl Backward<'_> {
 struct Nested<'a>(&'a mut dyn GradSink);
 
 impl GradSink for Nested<'_> {
-    fn accumulate(&mut self, param: &Arc<Param>, add: &mut dyn FnMut(&mut [f32])) -> Result<()> {
+    fn accumulate(
+        &mut self,
+        param: &Arc<Param>,
+        add: &mut dyn FnMut(Accumulator<'_>),
+    ) -> Result<()> {
         self.0.accumulate(param, add)
     }
 }

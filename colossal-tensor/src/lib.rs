@@ -23,7 +23,7 @@ mod summa;
 mod tensor;
 mod ulysses;
 
-pub use autograd::{Deferred, GradSink, Grads, is_grad_enabled, no_grad};
+pub use autograd::{Accumulator, Deferred, GradSink, Grads, is_grad_enabled, no_grad};
 pub use colossal_comm::{Group, Mesh};
 pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};

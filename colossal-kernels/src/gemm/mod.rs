@@ -488,10 +488,16 @@ unsafe fn store_rows<O: Float, E: Float>(
     row_stride: usize,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if O::NAME == "bf16" && isa() == Isa::Avx512Bf16 && e.is_plain() && !e.accumulate {
+    if O::NAME == "bf16"
+        && isa() == Isa::Avx512Bf16
+        && (Epilogue { bias: None, ..*e }).is_plain()
+        && !e.accumulate
+        && (e.bias.is_none() || E::NAME == "bf16")
+    {
         assert!(tile.len() >= (size[0] - 1) * stride + size[1]);
+        let bias = e.bias.map(|b| bytemuck::cast_slice(&b[col..col + size[1]]));
         // SAFETY: isa() has found these instructions; the rest by contract and the assertion.
-        return unsafe { store_bf16(size, tile.as_ptr(), stride, out.cast(), row_stride) };
+        return unsafe { store_bf16(size, tile.as_ptr(), stride, bias, out.cast(), row_stride) };
     }
     struct Rows<O>(*mut O);
     simd! { fn all<O: Float, E: Float>(e: &Epilogue<'_, E>, col: usize, size: [usize; 2], tile: &[f32], stride: usize, out: Rows<O>, row_stride: usize) {
@@ -504,26 +510,34 @@ unsafe fn store_rows<O: Float, E: Float>(
     all(e, col, size, tile, stride, Rows(out), row_stride);
 }
 
-/// Rounds rows of a tile to bf16.
+/// Rounds rows of a tile, plus a bias, to bf16.
 ///
 /// # Safety
-/// AVX-512 BF16; `tile` has `rows` rows of `cols` floats, `stride` apart, `out` as many elements.
+/// AVX-512 BF16; `tile` has `rows` rows of `cols` floats, `stride` apart, `out` as many elements;
+/// `bias` has `cols`.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn store_bf16(
     [rows, cols]: [usize; 2],
     tile: *const f32,
     stride: usize,
+    bias: Option<&[u16]>,
     out: *mut i16,
     row_stride: usize,
 ) {
     use std::arch::x86_64::*;
-    for i in 0..rows {
-        for j in (0..cols).step_by(16) {
-            let mask = (u32::MAX >> (32 - (cols - j).min(16))) as u16;
+    for j in (0..cols).step_by(16) {
+        let mask = (u32::MAX >> (32 - (cols - j).min(16))) as u16;
+        let bias = bias.map_or(_mm512_setzero_ps(), |bias| {
             // SAFETY: masked to the row, which is in bounds by contract.
+            let bits = unsafe { _mm256_maskz_loadu_epi16(mask, bias.as_ptr().add(j).cast()) };
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+        });
+        for i in 0..rows {
+            // SAFETY: as above.
             unsafe {
                 let x = _mm512_maskz_loadu_ps(mask, tile.add(i * stride + j));
+                let x = _mm512_add_ps(x, bias);
                 let y: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(x));
                 _mm256_mask_storeu_epi16(out.add(i * row_stride + j), mask, y);
             }

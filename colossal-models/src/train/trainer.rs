@@ -11,7 +11,7 @@ use colossal_tensor::moe::Balance;
 use colossal_tensor::random::Stream;
 use colossal_tensor::storage::{Buffer, memory_stats};
 use colossal_tensor::{
-    Dtype, Error, Flat, GradSink, Group, Param, ParamId, Placement, Result, Tensor,
+    Accumulator, Dtype, Error, Flat, GradSink, Group, Param, ParamId, Placement, Result, Tensor,
 };
 use colossal_zero::{Stage, Zero};
 use half::bf16;
@@ -494,20 +494,21 @@ struct Sink<'a> {
 }
 
 impl GradSink for Sink<'_> {
-    fn accumulate(&mut self, param: &Arc<Param>, add: &mut dyn FnMut(&mut [f32])) -> Result<()> {
+    fn accumulate(
+        &mut self,
+        param: &Arc<Param>,
+        add: &mut dyn FnMut(Accumulator<'_>),
+    ) -> Result<()> {
         let slot = self.by_id[&param.id()];
         if param.is_empty() {
             return Ok(());
         }
         self.waiting.insert(slot);
-        let (grad, first) = self
+        let (sum, fresh) = self
             .zero
             .gradient(self.trainer_slots[slot].range.start, param.len())
             .map_err(zero_error)?;
-        if first {
-            kernels::fill(grad, 0.0);
-        }
-        add(grad);
+        add(Accumulator { sum, fresh });
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::params::{Init, Param, Params};
-use crate::placement::{Dim, Region};
+use crate::placement::{Dim, Placement, Region};
 use crate::tensor::Tensor;
 
 /// A linear layer whose parallelism follows from the names of its two dims: column-parallel when
@@ -64,6 +64,10 @@ impl Linear {
     /// As [`Linear::forward`] with the result taken to `region`. When the input dim is sharded
     /// the product is a pending sum: the bias is added once, after the sum.
     pub fn forward_to(&self, x: &Tensor, region: Region) -> Result<Tensor> {
+        let layout = self.weight.layout();
+        if !self.weight.scope().wide_axes().any(|axis| layout[axis] == Placement::Shard(1)) {
+            return self.forward(x)?.redistribute(region);
+        }
         let y = x.linear(&self.weight.tensor(), None)?.redistribute(region)?;
         match &self.bias {
             Some(bias) => y.add_bias(&bias.tensor()),

@@ -103,14 +103,14 @@ impl Tensor {
                 })?;
             }
             if back.wants(1) {
-                back.weight(1, &like_w, move |dw| {
+                back.weight_fresh(1, &like_w, move |dw| {
                     float!("linear", dy.dtype(), T => {
                         let (dy, x) = (dy.read::<T>()?, x.read::<T>()?);
                         kernels::gemm(
                             Mat::new(dy.as_slice::<T>(), m, n).t(),
                             Mat::new(x.as_slice::<T>(), m, k),
-                            MatMut::new(dw, n, k),
-                            &Epilogue { accumulate: true, ..Epilogue::default() },
+                            MatMut::new(dw.sum, n, k),
+                            &Epilogue { accumulate: !dw.fresh, ..Epilogue::default() },
                         );
                         Ok(())
                     })
