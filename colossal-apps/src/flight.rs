@@ -43,16 +43,7 @@ fn render(report: &Value) -> Result<String> {
             let _ = writeln!(out, "rank {number} waits in {message}");
         }
         for call in rank["calls"].as_array().into_iter().flatten() {
-            let word = |name: &str| call[name].as_str().unwrap_or("").to_string();
-            let mut line = format!("{}({} x {}", word("verb"), call["len"], word("dtype"));
-            for (name, value) in [("", &call["op"]), ("root ", &call["root"])] {
-                match value {
-                    Value::String(value) => line += &format!(", {name}{value}"),
-                    Value::Number(value) => line += &format!(", {name}{value}"),
-                    _ => {}
-                }
-            }
-            let _ = write!(line, ") at {}, {}", word("site"), word("state"));
+            let line = format!("{}, {}", signature(call), call["state"].as_str().unwrap_or(""));
             calls.entry(call["sequence"].as_u64().unwrap_or(0)).or_default().push((number, line));
         }
     }
@@ -67,7 +58,32 @@ fn render(report: &Value) -> Result<String> {
             let _ = writeln!(out, "call {sequence:>5}  rank {rank:<4}  {line}");
         }
     }
+    for rank in ranks {
+        let messages = rank["messages"].as_array().map_or(&[][..], |m| m);
+        for message in &messages[messages.len().saturating_sub(SHOWN)..] {
+            let _ = writeln!(out, "message     rank {:<4}  {}", rank["rank"], signature(message));
+        }
+    }
     Ok(out)
+}
+
+/// `all_reduce(4 x f32, Sum) at src/main.rs:12`
+fn signature(call: &Value) -> String {
+    let word = |name: &str| call[name].as_str().unwrap_or("");
+    let mut line = format!("{}({} x {}", word("verb"), call["len"], word("dtype"));
+    let root = match word("verb") {
+        "send" => "to ",
+        "recv" => "from ",
+        _ => "root ",
+    };
+    for (name, value) in [("", &call["op"]), (root, &call["root"])] {
+        match value {
+            Value::String(value) => line += &format!(", {name}{value}"),
+            Value::Number(value) => line += &format!(", {name}{value}"),
+            _ => {}
+        }
+    }
+    line + &format!(") at {}", word("site"))
 }
 
 #[cfg(test)]

@@ -10,8 +10,20 @@ use std::time::Instant;
 use colossal_comm::{Cost, Group, Launch, ReduceOp, Result, on_ranks};
 
 const SIZES: [(usize, usize); 5] =
-    [(1 << 10, 1000), (64 << 10, 500), (1 << 20, 60), (16 << 20, 9), (128 << 20, 3)];
-const VERBS: [&str; 5] = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"];
+    [(1 << 10, 1000), (64 << 10, 300), (1 << 20, 60), (16 << 20, 6), (64 << 20, 2)];
+/// `copy` is none: each rank copies a buffer, which is what the machine's memory allows.
+const VERBS: [&str; 10] = [
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "broadcast",
+    "reduce",
+    "gather",
+    "scatter",
+    "shift",
+    "copy",
+];
 
 fn main() {
     let numbers: Vec<usize> = std::env::args().skip(1).filter_map(|n| n.parse().ok()).collect();
@@ -44,7 +56,15 @@ fn time(group: &Group, largest: usize) -> Result<Vec<String>> {
                 "all_gather" => group.all_gather(&part, &mut other),
                 "reduce_scatter" => group.reduce_scatter(&full, &mut part, ReduceOp::Sum),
                 "all_to_all" => group.all_to_all(&full, &mut other),
-                _ => group.broadcast(&mut full, 0),
+                "broadcast" => group.broadcast(&mut full, 0),
+                "reduce" => group.reduce(&mut full, ReduceOp::Sum, 0),
+                "gather" => group.gather(&part, &mut other, 0),
+                "scatter" => group.scatter(&full, &mut part, 0),
+                "shift" => group.shift(&full, &mut other, 1),
+                _ => {
+                    other.copy_from_slice(std::hint::black_box(&full));
+                    Ok(())
+                }
             };
             call()?;
             call()?;
@@ -64,7 +84,17 @@ fn time(group: &Group, largest: usize) -> Result<Vec<String>> {
             lines.push(format!("{verb} {bytes} {:.2}", turns[2] * 1e6));
         }
     }
-    for (verb, measured) in VERBS.iter().zip(&measured) {
+    let mut turns = [0.0f64; 5];
+    for turn in &mut turns {
+        let start = Instant::now();
+        for _ in 0..1000 {
+            group.barrier()?;
+        }
+        *turn = start.elapsed().as_secs_f64() / 1000.0;
+    }
+    turns.sort_by(f64::total_cmp);
+    lines.push(format!("barrier 0 {:.2}", turns[2] * 1e6));
+    for (verb, measured) in VERBS.iter().zip(&measured).filter(|(verb, _)| **verb != "copy") {
         if let Some(cost) = Cost::fit(measured) {
             let (alpha, rate) = (cost.alpha * 1e6, 1e-9 / cost.beta);
             lines.push(format!("cost {verb} alpha {alpha:.2} us, 1/beta {rate:.1} GB/s"));

@@ -7,6 +7,7 @@
 //! With `COLOSSAL_FLIGHT=<folder>` set, the first failure of a group is written there as JSON;
 //! `colossal doctor --flight <file>` shows it.
 
+use std::collections::VecDeque;
 use std::panic::Location;
 use std::path::{Path, PathBuf};
 use std::ptr::null_mut;
@@ -35,9 +36,17 @@ struct Ring {
     /// Calls begun and ended.
     begun: AtomicU64,
     ended: AtomicU64,
-    /// The message that the rank waits for; messages have no sequence of their own.
-    message: Mutex<Option<Call>>,
+    messages: Mutex<Messages>,
     entries: Box<[Entry]>,
+}
+
+/// Messages have no sequence of their own.
+#[derive(Debug, Default)]
+struct Messages {
+    /// The one that the rank waits for.
+    waits: Option<Call>,
+    /// The last that it posted, and when, in [`ticks`].
+    posted: VecDeque<(Call, u64)>,
 }
 
 /// One cache line.
@@ -111,7 +120,7 @@ impl Recorder {
         let ring = || Ring {
             begun: AtomicU64::new(0),
             ended: AtomicU64::new(0),
-            message: Mutex::new(None),
+            messages: Mutex::default(),
             entries: (0..RING).map(|_| Entry::empty()).collect(),
         };
         Recorder {
@@ -153,9 +162,18 @@ impl Recorder {
         self.rings[rank].ended.store(sequence + 1, Relaxed);
     }
 
+    /// Rank `rank` posts a message.
+    pub(crate) fn posted(&self, rank: usize, call: &Call) {
+        let posted = &mut self.rings[rank].messages.lock().posted;
+        if posted.len() as u64 == RING {
+            posted.pop_front();
+        }
+        posted.push_back((*call, ticks()));
+    }
+
     /// Rank `rank` waits for a message, or no longer.
     pub(crate) fn message(&self, rank: usize, call: Option<Call>) {
-        *self.rings[rank].message.lock() = call;
+        self.rings[rank].messages.lock().waits = call;
     }
 
     pub(crate) fn entry(&self, rank: usize, sequence: u64) -> &Entry {
@@ -171,7 +189,7 @@ impl Recorder {
     pub(crate) fn doing(&self) -> String {
         let one = |rank: usize| {
             let ring = &self.rings[rank];
-            if let Some(message) = *ring.message.lock() {
+            if let Some(message) = ring.messages.lock().waits {
                 return format!("rank {rank} waits in {message}");
             }
             let (begun, ended) = (ring.begun.load(Acquire), ring.ended.load(Relaxed));
@@ -194,10 +212,22 @@ impl Recorder {
     fn ring_json(&self, rank: usize) -> Value {
         let ring = &self.rings[rank];
         let (begun, ended) = (ring.begun.load(Acquire), ring.ended.load(Relaxed));
-        let mut calls = Vec::new();
+        let (mut calls, mut posts) = (Vec::new(), Vec::new());
         let (start, first) = self.start;
         let elapsed = ticks().wrapping_sub(first).max(1) as f64;
         let us_a_tick = start.elapsed().as_secs_f64() * 1e6 / elapsed;
+        let begun_us = |at: u64| (at.wrapping_sub(first) as f64 * us_a_tick) as u64;
+        let shown = |call: &Call, at| {
+            json!({
+                "verb": call.verb.name(),
+                "dtype": call.dtype.name(),
+                "len": call.len,
+                "op": call.op.map(|op| format!("{op:?}")),
+                "root": call.root,
+                "site": format!("{}:{}", call.site.file(), call.site.line()),
+                "begun_us": begun_us(at),
+            })
+        };
         for sequence in begun.saturating_sub(RING)..begun {
             let entry = self.entry(rank, sequence);
             let Some(call) = entry.call() else { continue };
@@ -206,20 +236,18 @@ impl Recorder {
             if entry.number.load(Acquire) != sequence + 1 {
                 continue;
             }
-            calls.push(json!({
-                "sequence": sequence,
-                "verb": call.verb.name(),
-                "dtype": call.dtype.name(),
-                "len": call.len,
-                "op": call.op.map(|op| format!("{op:?}")),
-                "root": call.root,
-                "site": format!("{}:{}", call.site.file(), call.site.line()),
-                "begun_us": (at.wrapping_sub(first) as f64 * us_a_tick) as u64,
-                "state": if sequence < ended { "ended" } else { "in it" },
-            }));
+            let mut line = shown(&call, at);
+            line["sequence"] = sequence.into();
+            line["state"] = if sequence < ended { "ended" } else { "in it" }.into();
+            calls.push(line);
         }
-        let message = ring.message.lock().map(|call| call.to_string());
-        json!({ "rank": rank, "begun": begun, "ended": ended, "waits_in": message, "calls": calls })
+        let messages = ring.messages.lock();
+        posts.extend(messages.posted.iter().map(|(call, at)| shown(call, *at)));
+        let waits = messages.waits.map(|call| call.to_string());
+        json!({
+            "rank": rank, "begun": begun, "ended": ended, "waits_in": waits,
+            "calls": calls, "messages": posts,
+        })
     }
 
     /// Writes the report where `COLOSSAL_FLIGHT` says; where it was written.
@@ -263,6 +291,8 @@ mod tests {
                 }
             }
         }
+        let message = Call::new(Verb::Send, DType::F32, 3, Location::caller()).root(1);
+        (0..70).for_each(|_| recorder.posted(0, &message));
         let folder = std::env::temp_dir().join(format!("flight-test-{}", std::process::id()));
         let error = crate::Error::Engine { op: "test".into(), reason: "on purpose".into() };
         let path = recorder.write(&folder, &error).unwrap();
@@ -273,6 +303,8 @@ mod tests {
         assert_eq!((&calls[62]["state"], &calls[63]["state"]), (&json!("ended"), &json!("in it")));
         assert_eq!(calls[63]["verb"], "all_reduce");
         assert!(calls[63]["site"].as_str().unwrap().contains("recorder.rs:"));
+        let messages = report["ranks"][0]["messages"].as_array().unwrap();
+        assert_eq!((messages.len(), &messages[63]["root"]), (64, &json!(1)));
         assert_eq!(report["error"], "test: on purpose");
         assert!(recorder.doing().contains("rank 1 is in all_reduce(12 x bf16"));
     }

@@ -364,3 +364,57 @@ fn ranks_share_a_large_payload() {
         g.broadcast(&mut all, 1).unwrap();
     });
 }
+
+/// parallelism.md's volumes, elements of the full buffer n, summed over the ranks.
+#[test]
+fn counters_equal_the_formulas_for_every_verb() {
+    for n in 1..=4u64 {
+        let part = 300u64;
+        let (len, all) = ((n * part) as usize, n * part * 4);
+        let counted = on_ranks(n as usize, |g| {
+            let (mut full, mut other) = (vec![1.0f32; len], vec![0.0f32; len]);
+            let mut piece = vec![0.0f32; part as usize];
+            let counts = vec![part as usize; n as usize];
+            let sum = ReduceOp::Sum;
+            g.all_reduce(&mut full, sum).unwrap();
+            g.reduce_scatter(&full, &mut piece, sum).unwrap();
+            g.reduce_scatter_v(&full, &mut piece, &counts, sum).unwrap();
+            g.all_gather(&piece, &mut other).unwrap();
+            g.all_gather_v(&piece, &mut other, &counts).unwrap();
+            g.all_to_all(&full, &mut other).unwrap();
+            g.all_to_all_v_into(&full, &counts, &mut other, &counts).unwrap();
+            g.broadcast(&mut full, 0).unwrap();
+            g.reduce(&mut full, sum, 0).unwrap();
+            g.gather(&piece, &mut other, 0).unwrap();
+            g.scatter(&full, &mut piece, 0).unwrap();
+            g.shift(&full, &mut other, 1).unwrap();
+            g.barrier().unwrap();
+            match g.rank() as u64 {
+                0 if n > 1 => g.send(&full, 1).unwrap(),
+                1 => g.recv(&mut full, 0).unwrap(),
+                _ => {}
+            }
+            g.counters()
+        });
+        let sent = |verb| counted.iter().map(|c| c.bytes_of(verb)).sum::<u64>();
+        let alone = |bytes| if n == 1 { 0 } else { bytes };
+        for (verb, wanted) in [
+            (Verb::AllReduce, 2 * all * (n - 1)),
+            (Verb::ReduceScatter, 2 * all * (n - 1)),
+            (Verb::AllGather, 2 * all * (n - 1)),
+            (Verb::AllToAll, 2 * all * (n - 1)),
+            (Verb::Broadcast, alone(all)),
+            (Verb::Reduce, all * (n - 1)),
+            (Verb::Gather, part * 4 * (n - 1)),
+            (Verb::Scatter, part * 4 * (n - 1)),
+            (Verb::Shift, alone(all * n)),
+            (Verb::Send, alone(all)),
+            (Verb::Recv, 0),
+            (Verb::Barrier, 0),
+        ] {
+            assert_eq!(sent(verb), wanted, "{verb:?} on {n} ranks");
+        }
+        let calls = |verb| counted[0].calls_of(verb);
+        assert_eq!((calls(Verb::AllReduce), calls(Verb::AllGather)), (1, 2));
+    }
+}

@@ -58,6 +58,7 @@ impl Mpi {
         address: *mut u8,
     ) -> Result<Ticket> {
         self.check()?;
+        self.recorder.posted(self.comm.rank, call);
         let mut messages = self.messages.lock();
         let sends = way == Way::Send;
         let next = messages.next.entry((sends, peer)).or_insert(0);

@@ -475,6 +475,7 @@ impl Engine for Nccl {
 
     unsafe fn post(&self, way: Way, call: &Call, peer: usize, address: *mut u8) -> Result<Ticket> {
         self.inner.check()?;
+        self.inner.recorder.posted(self.inner.rank, call);
         let mut turn = self.turn.lock();
         let ticket = Ticket { way, peer, number: turn.numbers, call: *call };
         turn.numbers += 1;
@@ -610,6 +611,7 @@ impl OnDevice for Nccl {
         let (inner, stream) = (&*self.inner, Stream(stream));
         let Some((_, first, ..)) = messages.first() else { return Ok(()) };
         inner.check()?;
+        messages.iter().for_each(|(_, call, ..)| inner.recorder.posted(inner.rank, call));
         inner.world.device.enter()?;
         inner.issue(first, inquest::MESSAGE, &inner.messages, |nccl, comm| {
             inner.to(nccl, comm, stream).together(|to| {

@@ -364,6 +364,7 @@ impl Engine for Threads {
     unsafe fn post(&self, way: Way, call: &Call, peer: usize, address: *mut u8) -> Result<Ticket> {
         let shared = &*self.shared;
         shared.check()?;
+        shared.recorder.posted(self.rank, call);
         let mailbox = shared.mailbox(self.rank, way, peer);
         match mailbox.post(way, *call, address) {
             Ok(number) => Ok(Ticket { way, peer, number, call: *call }),
