@@ -2,7 +2,8 @@
 //!
 //! Threads of one process against processes; with MPI installed, our MPI engine against the same
 //! program in C as well. The floor of a verb is the bytes that must be read and written, over the
-//! speed at which the ranks copy buffers of the same size. Then the cost model fitted to ours.
+//! speed at which the ranks copy buffers of the same size; what works in place writes lines that it
+//! has just read, and can be faster than copies. Then the cost model fitted to ours.
 
 use std::collections::BTreeMap;
 
