@@ -23,6 +23,7 @@ pub mod profile;
 mod reduce;
 pub mod reference;
 mod rope;
+mod rows;
 mod softmax;
 pub mod threads;
 
@@ -48,5 +49,6 @@ pub use multi::{scale_many, sum_of_squares, sum_of_squares_many};
 pub use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub use reduce::{max, sum, sum_last, sum_rows};
 pub use rope::{rope, rope_backward};
+pub use rows::{combine_rows, combine_rows_backward};
 pub use softmax::{log_softmax, log_softmax_backward, softmax, softmax_backward};
 pub use threads::Threads;

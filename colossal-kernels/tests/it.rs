@@ -23,5 +23,7 @@ mod norm;
 mod optimizers;
 #[path = "it/rope.rs"]
 mod rope;
+#[path = "it/rows.rs"]
+mod rows;
 #[path = "it/softmax.rs"]
 mod softmax;

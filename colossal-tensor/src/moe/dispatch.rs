@@ -1,9 +1,10 @@
 //! Tokens on their way to the ranks that have their experts, and back: calls `comm`.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use colossal_comm::Group;
-use colossal_kernels::{self as kernels, Float};
+use colossal_kernels as kernels;
 
 use super::Routing;
 use crate::autograd::{pretended, record};
@@ -35,14 +36,9 @@ impl Tensor {
         let y = produce(self.scope(), &shape, self.dtype(), layout, |y| {
             float!("dispatch", self.dtype(), T => {
                 let x = self.read::<T>()?;
-                let x = x.as_slice::<T>();
-                let leaving: Vec<T> = journey
-                    .order
-                    .iter()
-                    .flat_map(|i| &x[*i as usize / journey.k * width..][..width])
-                    .copied()
-                    .collect();
-                journey.there(&leaving, width, y.as_mut_slice())
+                journey.there(width, y.as_mut_slice::<T>(), |rows| {
+                    kernels::embedding(&journey.tokens, x.as_slice::<T>(), width, rows);
+                })
             })
         })?;
         let (shape, layout, journey) =
@@ -50,13 +46,11 @@ impl Tensor {
         Ok(record("dispatch", y, &[self], move |dy, back| {
             let dx = produce(dy.scope(), &shape, dy.dtype(), layout, |dx| {
                 float!("dispatch", dy.dtype(), T => {
-                    let rows = journey.back(dy.read::<T>()?.as_slice::<T>(), width)?;
-                    let mut sum = vec![0.0f32; dx.bytes() / size_of::<T>()];
-                    for (i, row) in journey.order.iter().zip(rows.chunks(width)) {
-                        let to = &mut sum[*i as usize / journey.k * width..][..width];
-                        kernels::add_into(row, to);
-                    }
-                    kernels::cast(&sum, dx.as_mut_slice::<T>());
+                    let dy = dy.read::<T>()?;
+                    let rows = journey.back(dy.as_slice::<T>(), width)?;
+                    let ones = vec![1.0; journey.choices];
+                    let (at, k) = (&journey.places, journey.k);
+                    kernels::combine_rows(at, &ones, k, &rows, width, dx.as_mut_slice::<T>());
                     Ok(())
                 })
             })?;
@@ -77,7 +71,6 @@ impl Tensor {
         })?;
         let mut shape = weights.shape().to_vec();
         shape[last] = width;
-        let tokens = weights.rows();
         let k = journey.k;
         let (scope, dtype) = (self.scope().clone(), self.dtype());
         if scope.is_fake() {
@@ -88,21 +81,20 @@ impl Tensor {
             return Ok(pretended("combine", y, &[self, weights], &[&rows, weights]));
         }
         let w = weights.to_vec()?;
-        let (y, rows) = float!("combine", dtype, T => {
-            let rows = journey.back(self.read::<T>()?.as_slice::<T>(), width)?;
-            let mut sum = vec![0.0f32; tokens * width];
-            for (i, row) in journey.order.iter().zip(rows.chunks(width)) {
-                let (i, to) = (*i as usize, *i as usize / k * width);
-                for (s, x) in sum[to..to + width].iter_mut().zip(row) {
-                    *s += w[i] * <T as Float>::to_f32(*x);
-                }
-            }
+        let (y, came) = float!("combine", dtype, T => {
+            let rows = self.read::<T>()?;
+            let rows = journey.back(rows.as_slice::<T>(), width)?;
             let y = produce(&scope, &shape, dtype, layout, |y| {
-                kernels::cast(&sum, y.as_mut_slice::<T>());
+                kernels::combine_rows(&journey.places, &w, k, &rows, width, y.as_mut_slice::<T>());
                 Ok(())
             })?;
-            Ok((y, Buffer::from_slice(&rows)))
+            Ok((y, match rows {
+                Cow::Borrowed(_) => None,
+                Cow::Owned(rows) => Some(Buffer::from_slice(&rows)),
+            }))
         })?;
+        // Rows that never left are kept where they are.
+        let stayed = came.is_none().then(|| self.detach());
         let (row_layout, row_shape) = (self.layout().dual(), self.shape().to_vec());
         let (weight_layout, weight_shape) = (weights.layout().dual(), weights.shape().to_vec());
         let journey = journey.clone();
@@ -111,17 +103,16 @@ impl Tensor {
             let dx = produce(&scope, &row_shape, dtype, row_layout, |dx| {
                 float!("combine", dtype, T => {
                     let dy = dy.read::<T>()?;
-                    let dy = dy.as_slice::<T>();
-                    let mut leaving = Vec::with_capacity(journey.order.len() * width);
-                    let came = rows.as_slice::<T>().chunks(width);
-                    for (i, row) in journey.order.iter().zip(came) {
-                        let (i, at) = (*i as usize, *i as usize / k * width);
-                        let dy = dy[at..at + width].iter().map(|x| <T as Float>::to_f32(*x));
-                        let products = dy.clone().zip(row).map(|(d, x)| d * <T as Float>::to_f32(*x));
-                        dw[i] = products.sum();
-                        leaving.extend(dy.map(|d| <T as Float>::from_f32(d * w[i])));
-                    }
-                    journey.there(&leaving, width, dx.as_mut_slice())
+                    let stayed = stayed.as_ref().map(|x| x.read::<T>()).transpose()?;
+                    let rows = match (&came, &stayed) {
+                        (Some(rows), _) => rows.as_slice::<T>(),
+                        (None, Some(rows)) => rows.as_slice::<T>(),
+                        (None, None) => &[],
+                    };
+                    journey.there(width, dx.as_mut_slice::<T>(), |leaving| {
+                        let (at, dy) = (&journey.places, dy.as_slice::<T>());
+                        kernels::combine_rows_backward(at, &w, k, rows, width, dy, leaving, &mut dw);
+                    })
                 })
             })?;
             back.give(1, Tensor::from_slice(&scope, &dw, &weight_shape, weight_layout)?)?;
@@ -135,8 +126,10 @@ impl Tensor {
 pub struct Journey {
     k: usize,
     choices: usize,
-    /// Places in the choice that leave, sorted by expert: token `i / k`.
-    order: Vec<u32>,
+    /// The token of each row that leaves; rows are sorted by expert.
+    tokens: Vec<i32>,
+    /// For each choice its place among the rows that leave, or -1: no expert had room.
+    places: Vec<i32>,
     /// Rows to each rank, and from each.
     sent: Vec<usize>,
     got: Vec<usize>,
@@ -166,7 +159,8 @@ impl Journey {
             return Ok(Arc::new(Journey {
                 k,
                 choices: choice.len(),
-                order: vec![],
+                tokens: vec![],
+                places: vec![],
                 sent: vec![],
                 got: vec![],
                 arrived: vec![],
@@ -211,10 +205,16 @@ impl Journey {
         let by_rank = |counts: &[u64]| -> Vec<usize> {
             counts.chunks(own).map(|c| c.iter().sum::<u64>() as usize).collect()
         };
+        let order = by_expert.concat();
+        let mut places = vec![-1; choice.len()];
+        for (place, i) in order.iter().enumerate() {
+            places[*i as usize] = place as i32;
+        }
         Ok(Arc::new(Journey {
             k,
             choices: choice.len(),
-            order: by_expert.concat(),
+            tokens: order.iter().map(|i| (i / k as u32) as i32).collect(),
+            places,
             sent: by_rank(&counts),
             got: by_rank(&coming),
             rows: arrived.len(),
@@ -266,7 +266,7 @@ impl Journey {
 
     /// Rows that no expert had room for.
     pub fn dropped(&self) -> usize {
-        self.choices - self.order.len()
+        self.choices - self.tokens.len()
     }
 
     /// Calls `f(expert, first row, rows)` for each expert of this rank that has rows.
@@ -278,35 +278,35 @@ impl Journey {
         }
     }
 
-    /// Rows in `order` to rows sorted by expert, at the experts.
-    fn there<T: Element>(&self, leaving: &[T], width: usize, to: &mut [T]) -> Result<()> {
-        let arrived;
-        let rows = match &self.group {
-            None => leaving,
-            Some(group) => {
-                let counts: Vec<usize> = self.sent.iter().map(|n| n * width).collect();
-                arrived = group.all_to_all_v(leaving, &counts).map_err(comm)?.0;
-                &arrived
-            }
+    /// Rows that `fill` writes, sorted by expert, go to rows sorted by expert at the experts.
+    fn there<T: Element>(
+        &self,
+        width: usize,
+        to: &mut [T],
+        fill: impl FnOnce(&mut [T]),
+    ) -> Result<()> {
+        let Some(group) = &self.group else {
+            fill(to);
+            return Ok(());
         };
+        let mut leaving = vec![T::zeroed(); self.tokens.len() * width];
+        fill(&mut leaving);
+        let counts: Vec<usize> = self.sent.iter().map(|n| n * width).collect();
+        let rows = group.all_to_all_v(&leaving, &counts).map_err(comm)?.0;
         for (to, from) in to.chunks_mut(width).zip(&self.arrived) {
             to.copy_from_slice(&rows[*from as usize * width..][..width]);
         }
         Ok(())
     }
 
-    /// Rows sorted by expert to rows in `order`, at the tokens.
-    fn back<T: Element>(&self, rows: &[T], width: usize) -> Result<Vec<T>> {
+    /// Rows at the experts go back to where their tokens are, in the order in which they left.
+    fn back<'a, T: Element>(&self, rows: &'a [T], width: usize) -> Result<Cow<'a, [T]>> {
+        let Some(group) = &self.group else { return Ok(Cow::Borrowed(rows)) };
         let mut leaving = vec![T::zeroed(); rows.len()];
         for (from, to) in rows.chunks(width).zip(&self.arrived) {
             leaving[*to as usize * width..][..width].copy_from_slice(from);
         }
-        match &self.group {
-            None => Ok(leaving),
-            Some(group) => {
-                let counts: Vec<usize> = self.got.iter().map(|n| n * width).collect();
-                Ok(group.all_to_all_v(&leaving, &counts).map_err(comm)?.0)
-            }
-        }
+        let counts: Vec<usize> = self.got.iter().map(|n| n * width).collect();
+        Ok(Cow::Owned(group.all_to_all_v(&leaving, &counts).map_err(comm)?.0))
     }
 }

@@ -66,15 +66,20 @@ impl Tensor {
                 })?;
                 back.give(0, dx)?;
             }
-            back.weight(1, &like, move |dw| {
+            back.weight_fresh(1, &like, move |dw| {
                 float!(op, dy.dtype(), T => {
                     let (dy, x) = (dy.read::<T>()?, x.read::<T>()?);
                     let (dy, x) = (dy.as_slice::<T>(), x.as_slice::<T>());
+                    let (dw, accumulate) = (dw.sum, !dw.fresh);
+                    if !accumulate {
+                        let idle = journey.starts.windows(2).zip(dw.chunks_mut(n * k));
+                        idle.filter(|(ends, _)| ends[0] == ends[1]).for_each(|(_, dw)| dw.fill(0.0));
+                    }
                     journey.each(|e, at, m| {
                         let dy = Mat::new(&dy[at * n..][..m * n], m, n).t();
                         let x = Mat::new(&x[at * k..][..m * k], m, k);
                         let dw = MatMut::new(&mut dw[e * n * k..][..n * k], n, k);
-                        kernels::gemm(dy, x, dw, &Epilogue { accumulate: true, ..Epilogue::default() });
+                        kernels::gemm(dy, x, dw, &Epilogue { accumulate, ..Epilogue::default() });
                     });
                     Ok(())
                 })
