@@ -252,16 +252,19 @@ fn turns(
             theirs.push(peer.ask(line)?.speed);
         }
     }
-    let (mine, floor) = (median(&mut mine), floors.iter().copied().fold(0.0, f64::max));
+    // Not every case has a floor.
+    let floor = floors.iter().copied().reduce(f64::max).unwrap_or(f64::NAN);
+    let mine = median(&mut mine);
     let share = mine / floor;
     let row = |peer: Option<(&str, f64)>| {
         let (name, speed) = peer.unwrap_or(("", f64::NAN));
         let shown = |x: f64| if x.is_finite() { format!("{x:.0}") } else { "-".into() };
         println!(
-            "{what:<32} {mine:>10.0}  {name:<44} {:>10} {:>6.2} {floor:>10.0} {:>5.0}%",
+            "{what:<32} {mine:>10.0}  {name:<44} {:>10} {:>6.2} {:>10} {:>6}",
             shown(speed),
             mine / speed,
-            100.0 * share
+            shown(floor),
+            shown(100.0 * share) + if share.is_finite() { "%" } else { "" }
         );
         json!({"what": what, "unit": unit, "ours": mine, "peer_is": name, "peer": speed,
             "ratio": mine / speed, "floor": floor, "share": share, "rounds": args.rounds,
