@@ -169,15 +169,17 @@ mod vectors {
                     k: usize,
                     out: &mut [[f32; 4]; ROWS],
                 ) {
-                    // Weights come from memory: they are asked for this many bytes ahead.
-                    const AHEAD: usize = 1024;
+                    // Weights come from memory: they are asked for ahead, in a long row further
+                    // on, in short ones at the same place of the next four.
+                    let row = k * size_of::<$element>();
+                    let ahead = if row < 4096 { 4 * row } else { 1024 };
                     let mut acc = [[_mm512_setzero_ps(); 4]; R];
                     let mut step = |at: usize, mask: $mask| {
                         // SAFETY: masked to the row's end; a prefetch may point anywhere.
                         let load = |p: *const $element| unsafe { $load(mask, p.add(at)) };
                         let y = b.map(|p| {
-                            let ahead = p.wrapping_add(at).cast::<i8>().wrapping_add(AHEAD);
-                            _mm_prefetch::<_MM_HINT_T0>(ahead);
+                            let next = p.wrapping_add(at).cast::<i8>().wrapping_add(ahead);
+                            _mm_prefetch::<_MM_HINT_T0>(next);
                             load(p)
                         });
                         for (acc, a) in acc.iter_mut().zip(a) {
