@@ -40,7 +40,7 @@ pub use embedding::{embedding, embedding_backward};
 pub use factored::{Adafactor, Came, Factors, Piece, Sum};
 pub use float::Float;
 pub use floor::Floor;
-pub use gemm::{Activation, Epilogue, Mat, MatMut, gemm, gemm_batched};
+pub use gemm::{Activation, Epilogue, Mat, MatMut, Product, gemm, gemm_batched, gemm_grouped};
 pub use int8::{Int8Matrix, gemm_int8};
 pub use isa::{Isa, force_isa, isa};
 pub use layerwise::{Lamb, Lars};

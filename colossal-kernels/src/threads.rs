@@ -290,6 +290,11 @@ impl<T> Parts<T> {
         self.1
     }
 
+    /// The same promise for `range` alone.
+    pub(crate) fn part(&self, range: Range<usize>) -> Parts<T> {
+        Parts(self.at(range.clone()), range.len())
+    }
+
     /// Where `range` starts, checked to be in bounds.
     pub(crate) fn at(&self, range: Range<usize>) -> *mut T {
         assert!(range.start <= range.end && range.end <= self.1);

@@ -7,9 +7,12 @@
 //! and passes through the epilogue once, on its way out.
 //! Few rows against a transposed `b` (decoding, small batches) go without packing: see `skinny`.
 
+mod grouped;
 pub(crate) mod micro;
 pub(crate) mod pack;
 mod skinny;
+
+pub use grouped::{Product, gemm_grouped};
 
 use std::cell::RefCell;
 
@@ -219,12 +222,9 @@ pub fn gemm<T: Float, O: Float>(
         col_stride: c.col_stride,
         epilogue: *e,
     };
-    if skinny::fits(&a, &b) {
-        return skinny::gemm(a, b, &sink);
-    }
     let depth = if Kernel::of::<T>().pairs { 2 * DEPTH } else { DEPTH };
-    if a.cols <= depth {
-        return pass(a, b, &sink);
+    if skinny::fits(&a, &b) || a.cols <= depth {
+        return one_pass(a, b, &sink);
     }
     if O::NAME == "f32" && e.is_plain() {
         // Deep products whose result is f32 anyway add up in place.
@@ -296,7 +296,15 @@ pub fn gemm_batched<T: Float, O: Float>(
     }
 }
 
-/// One product of bounded depth, packed.
+/// One product of bounded depth.
+fn one_pass<T: Float, O: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O, T>) {
+    match skinny::fits(&a, &b) {
+        true => skinny::gemm(a, b, sink),
+        false => pass(a, b, sink),
+    }
+}
+
+/// The same, packed.
 fn pass<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O, E>) {
     let kernel = Kernel::of::<T>();
     let (m, n, k) = (a.rows, b.cols, a.cols);

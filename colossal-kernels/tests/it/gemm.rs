@@ -137,3 +137,33 @@ fn a_product_into_overlapping_rows_is_refused() {
     let c = MatMut { data: &mut c, rows: 2, cols: 2, row_stride: 1, col_stride: 1 };
     gemm(Mat::new(&x, 2, 2), Mat::new(&x, 2, 2), c, &Epilogue::default());
 }
+
+#[test]
+fn grouped_products_equal_single_ones() {
+    everywhere(|place| {
+        let (n, k) = (70, 33);
+        // A product without rows, few rows, many; the last is deeper than one pass.
+        let rows = [0, 3, 100, 61, 1];
+        let (x, w) = (noise::<f32>(200 * 1100, 1), noise::<f32>(6 * n * 1100, 2));
+        for accumulate in [false, true] {
+            let e = Epilogue { accumulate, ..Epilogue::default() };
+            let mut products = Vec::new();
+            let (mut at, mut end) = (0, 0);
+            for (i, m) in rows.into_iter().enumerate() {
+                let b = Mat::new(&w[i * n * k..][..n * k], n, k).t();
+                products.push(Product { a: Mat::new(&x[at * k..][..m * k], m, k), b, at: end });
+                (at, end) = (at + m, end + m * n);
+            }
+            let deep = Mat::new(&x[..1100 * 20], 1100, 20).t();
+            products.push(Product { a: deep, b: Mat::new(&w[..1100 * n], 1100, n), at: end + 5 });
+            let mut y: Vec<f32> = noise(end + 5 + 20 * n, 3);
+            let mut expected = y.clone();
+            for Product { a, b, at } in &products {
+                let c = &mut expected[*at..at + a.rows * b.cols];
+                gemm(*a, *b, MatMut::new(c, a.rows, b.cols), &e);
+            }
+            gemm_grouped(&products, &mut y, &e);
+            close(place, &y, &wide(&expected), 1e-6);
+        }
+    });
+}

@@ -269,13 +269,10 @@ impl Journey {
         self.choices - self.tokens.len()
     }
 
-    /// Calls `f(expert, first row, rows)` for each expert of this rank that has rows.
-    pub(super) fn each(&self, mut f: impl FnMut(usize, usize, usize)) {
-        for (e, ends) in self.starts.windows(2).enumerate() {
-            if ends[1] > ends[0] {
-                f(e, ends[0], ends[1] - ends[0]);
-            }
-        }
+    /// `f(expert, first row, rows)` of each expert of this rank that has rows.
+    pub(super) fn products<R>(&self, f: impl Fn(usize, usize, usize) -> R) -> Vec<R> {
+        let ends = self.starts.windows(2).enumerate().filter(|(_, ends)| ends[1] > ends[0]);
+        ends.map(|(e, ends)| f(e, ends[0], ends[1] - ends[0])).collect()
     }
 
     /// Rows that `fill` writes, sorted by expert, go to rows sorted by expert at the experts.

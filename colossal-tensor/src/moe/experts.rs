@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use colossal_kernels::{self as kernels, Epilogue, Mat, MatMut};
+use colossal_kernels::{self as kernels, Epilogue, Mat, Product};
 
 use super::Journey;
 use crate::autograd::{Weight, record};
@@ -38,11 +38,12 @@ impl Tensor {
             float!(op, self.dtype(), T => {
                 let (x, w) = (self.read::<T>()?, weight.read::<T>()?);
                 let (x, w, y) = (x.as_slice::<T>(), w.as_slice::<T>(), y.as_mut_slice::<T>());
-                journey.each(|e, at, m| {
-                    let w = Mat::new(&w[e * n * k..][..n * k], n, k).t();
-                    let y = MatMut::new(&mut y[at * n..][..m * n], m, n);
-                    kernels::gemm(Mat::new(&x[at * k..][..m * k], m, k), w, y, &Epilogue::default());
+                let products = journey.products(|e, at, m| Product {
+                    a: Mat::new(&x[at * k..][..m * k], m, k),
+                    b: Mat::new(&w[e * n * k..][..n * k], n, k).t(),
+                    at: at * n,
                 });
+                kernels::gemm_grouped(&products, y, &Epilogue::default());
                 Ok(())
             })
         })?;
@@ -55,12 +56,12 @@ impl Tensor {
                         let (dy, w) = (dy.read::<T>()?, w.read::<T>()?);
                         let (dy, w) = (dy.as_slice::<T>(), w.as_slice::<T>());
                         let dx = dx.as_mut_slice::<T>();
-                        journey.each(|e, at, m| {
-                            let dy = Mat::new(&dy[at * n..][..m * n], m, n);
-                            let w = Mat::new(&w[e * n * k..][..n * k], n, k);
-                            let dx = MatMut::new(&mut dx[at * k..][..m * k], m, k);
-                            kernels::gemm(dy, w, dx, &Epilogue::default());
+                        let products = journey.products(|e, at, m| Product {
+                            a: Mat::new(&dy[at * n..][..m * n], m, n),
+                            b: Mat::new(&w[e * n * k..][..n * k], n, k),
+                            at: at * k,
                         });
+                        kernels::gemm_grouped(&products, dx, &Epilogue::default());
                         Ok(())
                     })
                 })?;
@@ -75,12 +76,12 @@ impl Tensor {
                         let idle = journey.starts.windows(2).zip(dw.chunks_mut(n * k));
                         idle.filter(|(ends, _)| ends[0] == ends[1]).for_each(|(_, dw)| dw.fill(0.0));
                     }
-                    journey.each(|e, at, m| {
-                        let dy = Mat::new(&dy[at * n..][..m * n], m, n).t();
-                        let x = Mat::new(&x[at * k..][..m * k], m, k);
-                        let dw = MatMut::new(&mut dw[e * n * k..][..n * k], n, k);
-                        kernels::gemm(dy, x, dw, &Epilogue { accumulate, ..Epilogue::default() });
+                    let products = journey.products(|e, at, m| Product {
+                        a: Mat::new(&dy[at * n..][..m * n], m, n).t(),
+                        b: Mat::new(&x[at * k..][..m * k], m, k),
+                        at: e * n * k,
                     });
+                    kernels::gemm_grouped(&products, dw, &Epilogue { accumulate, ..Epilogue::default() });
                     Ok(())
                 })
             })
