@@ -74,7 +74,10 @@ impl ChatTokenizer {
             Err(_) => inside.unwrap_or(CHATML).to_string(),
         };
         let token = |key: &str| config[key].as_str().or(config[key]["content"].as_str());
-        let eos = token("eos_token").unwrap_or("<|im_end|>");
+        // A folder that does not say: the customary ones.
+        let customary = ["<|im_end|>", "<|endoftext|>", "</s>"];
+        let there = customary.into_iter().find(|t| tokenizer.token_to_id(t).is_some());
+        let eos = token("eos_token").or(there).unwrap_or(customary[0]);
         ChatTokenizer::new(tokenizer, &template, token("bos_token"), eos)
     }
 
@@ -86,7 +89,10 @@ impl ChatTokenizer {
         end: &str,
     ) -> Result<ChatTokenizer> {
         let end_of_turn = tokenizer.token_to_id(end).ok_or_else(|| {
-            anyhow!("tokenizer: the end-of-turn token {end} is not in the vocabulary")
+            anyhow!(
+                "tokenizer: the end-of-turn token {end} is not in the vocabulary; name the right one \
+                 as `eos_token` in tokenizer_config.json"
+            )
         })? as i32;
         let template = if template.is_empty() { CHATML } else { template }.to_string();
         let begin = begin.unwrap_or_default().to_string();
