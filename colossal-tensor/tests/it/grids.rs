@@ -263,6 +263,8 @@ fn a_wrong_layout_on_a_grid_is_refused_with_the_op_and_both_layouts() {
     let fake = |(axes, roles): (Axes, Vec<Role>)| Scope::fake(&axes, Sharding::new(roles));
     for (plan, axis, says) in [
         (summa(32, 1), "col", "linear has no rule for [Invariant, Shard(0)] along col"),
+        (summa(16, 4), "col", "linear has no rule for [Invariant, Shard(0)] along col"),
+        (summa(16, 4), "depth", "linear has no rule for [Invariant, Replicate] along depth"),
         (cube(16), "row", "linear has no rule for [Invariant, Shard(0)] along row"),
     ] {
         let scope = fake(plan);
