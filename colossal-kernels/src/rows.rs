@@ -1,6 +1,7 @@
 //! Rows that several tokens share: weighted sums over them, as experts' answers are combined.
 
 use crate::float::Float;
+use crate::gemm::with_workspace;
 use crate::isa::simd;
 use crate::profile;
 use crate::threads::{Parts, parallel_for};
@@ -20,18 +21,19 @@ pub fn combine_rows<T: Float>(
     assert_eq!(y.len() * k, at.len() * width, "combine_rows: y must have one row for k places");
     let parts = Parts::new(y);
     parallel_for(at.len() / k.max(1), (16384 / (k * width).max(1)).max(1), |tokens| {
-        let mut sum = vec![0.0; width];
-        for t in tokens {
-            sum.fill(0.0);
-            for i in t * k..(t + 1) * k {
-                if let Ok(row) = usize::try_from(at[i]) {
-                    add(weights[i], &rows[row * width..(row + 1) * width], &mut sum);
+        with_workspace(width, |sum| {
+            for t in tokens {
+                sum.fill(0.0);
+                for i in t * k..(t + 1) * k {
+                    if let Ok(row) = usize::try_from(at[i]) {
+                        add(weights[i], &rows[row * width..(row + 1) * width], sum);
+                    }
                 }
+                // SAFETY: each token belongs to one piece.
+                let y = unsafe { parts.range(t * width..(t + 1) * width) };
+                y.iter_mut().zip(&*sum).for_each(|(y, s)| *y = T::from_f32(*s));
             }
-            // SAFETY: each token belongs to one piece.
-            let y = unsafe { parts.range(t * width..(t + 1) * width) };
-            y.iter_mut().zip(&sum).for_each(|(y, s)| *y = T::from_f32(*s));
-        }
+        });
     });
 }
 

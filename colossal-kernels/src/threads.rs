@@ -33,7 +33,14 @@ struct Shared {
     lock: Mutex<()>,
     wake: Condvar,
     stop: AtomicBool,
+    /// Of the job under way, the next piece of each thread's share.
+    shares: Box<[Share]>,
 }
+
+/// A counter on a cache line of its own.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Share(AtomicUsize);
 
 const CLOSED: u64 = 1 << 31;
 const INSIDE: u64 = CLOSED - 1;
@@ -47,14 +54,8 @@ struct Job {
 struct Work {
     run: *const (dyn Fn(usize) + Sync),
     pieces: usize,
-    /// The next piece of each thread's share.
-    shares: Box<[Share]>,
     panicked: AtomicBool,
 }
-
-/// A counter on a cache line of its own.
-#[repr(align(64))]
-struct Share(AtomicUsize);
 
 impl std::fmt::Debug for Work {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -69,12 +70,12 @@ unsafe impl Sync for Work {}
 
 impl Work {
     /// Works as thread `home`: on its own share, then on what others have not begun.
-    fn help(&self, home: usize) {
-        let threads = self.shares.len();
+    fn help(&self, shares: &[Share], home: usize) {
+        let threads = shares.len();
         for share in (home..threads).chain(0..home) {
             let end = self.pieces * (share + 1) / threads;
             loop {
-                let piece = self.shares[share].0.fetch_add(1, SeqCst);
+                let piece = shares[share].0.fetch_add(1, SeqCst);
                 if piece >= end {
                     break;
                 }
@@ -98,6 +99,7 @@ impl Threads {
             lock: Mutex::new(()),
             wake: Condvar::new(),
             stop: AtomicBool::new(false),
+            shares: (0..n.max(1)).map(|_| Share(AtomicUsize::new(0))).collect(),
         });
         let helpers = (1..n)
             .map(|i| {
@@ -126,10 +128,12 @@ impl Threads {
         let run: *const (dyn Fn(usize) + Sync) = unsafe {
             std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f)
         };
+        let work = Work { run, pieces, panicked: AtomicBool::new(false) };
+        // The last job is closed and all have left it: nobody counts now.
         let threads = self.count();
-        let share = |t| Share(AtomicUsize::new(pieces * t / threads));
-        let shares = (0..threads).map(share).collect();
-        let work = Work { run, pieces, shares, panicked: AtomicBool::new(false) };
+        for (thread, share) in shared.shares.iter().enumerate() {
+            share.0.store(pieces * thread / threads, SeqCst);
+        }
         // SAFETY: helpers reach `work` only between joining an open job and leaving it; before
         // this function returns the job is closed and every helper has left.
         let borrowed: &'static Work = unsafe { &*std::ptr::from_ref(&work) };
@@ -140,7 +144,7 @@ impl Threads {
             drop(shared.lock.lock().unwrap_or_else(|e| e.into_inner()));
             shared.wake.notify_all();
         }
-        work.help(0);
+        work.help(&shared.shares, 0);
         shared.state.fetch_or(CLOSED, SeqCst);
         let mut looks = 0u32;
         while shared.state.load(SeqCst) & INSIDE != 0 {
@@ -187,7 +191,7 @@ impl Shared {
             if joined {
                 let work = self.job.lock().unwrap_or_else(|e| e.into_inner()).work;
                 if let Some(work) = work {
-                    work.help(thread);
+                    work.help(&self.shares, thread);
                 }
                 self.state.fetch_sub(1, SeqCst);
             }
