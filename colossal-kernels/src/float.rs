@@ -6,6 +6,8 @@ use half::{bf16, f16};
 pub trait Float: bytemuck::Pod + Send + Sync + std::fmt::Debug {
     /// Its name.
     const NAME: &'static str;
+    /// Its name in CUDA kernels.
+    const CUDA: &'static str;
     /// To f32, exactly.
     fn to_f32(self) -> f32;
     /// From f32, rounded to nearest even.
@@ -14,6 +16,7 @@ pub trait Float: bytemuck::Pod + Send + Sync + std::fmt::Debug {
 
 impl Float for f32 {
     const NAME: &'static str = "f32";
+    const CUDA: &'static str = "float";
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
@@ -26,6 +29,7 @@ impl Float for f32 {
 
 impl Float for bf16 {
     const NAME: &'static str = "bf16";
+    const CUDA: &'static str = "bf16";
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
@@ -42,6 +46,7 @@ impl Float for bf16 {
 
 impl Float for f16 {
     const NAME: &'static str = "f16";
+    const CUDA: &'static str = "f16";
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f16::to_f32(self)

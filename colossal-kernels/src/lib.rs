@@ -5,6 +5,7 @@ mod adamw;
 mod attention;
 mod cast;
 mod cross_entropy;
+pub mod cuda;
 mod elementwise;
 mod embedding;
 mod factored;

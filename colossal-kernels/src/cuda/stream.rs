@@ -1,0 +1,213 @@
+//! Streams: queues of work in order; and events, which order one after another.
+
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use cudarc::driver::sys::CUevent_flags;
+use cudarc::driver::{CudaEvent, CudaStream, result};
+
+use super::device::Device;
+use super::error::{Doing, Error, Result};
+use super::memory::Pinned;
+use super::slice::{Slice, SliceMut};
+
+/// A queue of work on a device, done in the order in which it was put there.
+#[derive(Clone)]
+pub struct Stream {
+    device: Device,
+    stream: Arc<CudaStream>,
+}
+
+/// A point in a stream.
+#[derive(Debug)]
+pub struct Event {
+    device: Device,
+    event: CudaEvent,
+}
+
+impl Stream {
+    /// A queue of its own on the device of this number.
+    ///
+    /// # Errors
+    /// As [`Device::new`].
+    pub fn new(ordinal: usize) -> Result<Stream> {
+        Stream::on(&Device::new(ordinal)?)
+    }
+
+    /// A queue of its own on `device`: for copies and messages beside the work of another.
+    pub fn on(device: &Device) -> Result<Stream> {
+        device.bind()?;
+        let stream = device.context().new_stream().doing(device.ordinal(), "making a stream")?;
+        Ok(Stream { device: device.clone(), stream })
+    }
+
+    /// Its device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// cudarc's stream, for other libraries.
+    pub fn raw(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Waits until all that was put on it has ended.
+    ///
+    /// # Errors
+    /// What failed on the device since the last look.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device.bind()?;
+        self.stream.synchronize().doing(self.device.ordinal(), "waiting for a stream")
+    }
+
+    /// Marks the point that it has come to.
+    pub fn record(&self) -> Result<Event> {
+        self.device.bind()?;
+        let event = self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        let event = event.doing(self.device.ordinal(), "recording an event")?;
+        Ok(Event { device: self.device.clone(), event })
+    }
+
+    /// What is put on it from now on begins after that point of another stream.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        self.device.bind()?;
+        self.stream.wait(&event.event).doing(self.device.ordinal(), "waiting for an event")
+    }
+
+    /// Copies to the device. The values may change as soon as this returns.
+    ///
+    /// # Panics
+    /// When lengths differ.
+    pub fn upload<T: Pod>(&self, from: &[T], to: SliceMut<'_, T>) -> Result<()> {
+        assert_eq!(from.len(), to.len(), "upload: as many elements there as here");
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        // SAFETY: `to` is as long. The driver has read pageable memory when this returns; pinned
+        // memory is only lent to copies by `upload_pinned`.
+        unsafe { result::memcpy_htod_async(to.address(), from, self.stream.cu_stream()) }
+            .doing(self.device.ordinal(), "copying to it")
+    }
+
+    /// Copies to the host and waits for it: for all that was put on the stream before, too.
+    ///
+    /// # Panics
+    /// When lengths differ.
+    pub fn download<T: Pod>(&self, from: Slice<'_, T>, to: &mut [T]) -> Result<()> {
+        assert_eq!(from.len(), to.len(), "download: as many elements there as here");
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        // SAFETY: `from` is as long, and the copy ends before `to` is given back.
+        unsafe { result::memcpy_dtoh_async(to, from.address(), self.stream.cu_stream()) }
+            .doing(self.device.ordinal(), "copying from it")?;
+        self.synchronize()
+    }
+
+    /// Starts a copy to the device from the first bytes of pinned memory, which is given back
+    /// when the event has come.
+    pub fn upload_pinned<T: Pod>(&self, from: Pinned, to: SliceMut<'_, T>) -> Result<Transfer> {
+        self.device.bind()?;
+        let elements = &from.as_slice::<T>()[..to.len()];
+        // SAFETY: `to` is as long; `Transfer` holds the memory until the copy has ended.
+        unsafe { result::memcpy_htod_async(to.address(), elements, self.stream.cu_stream()) }
+            .doing(self.device.ordinal(), "copying to it")?;
+        Ok(Transfer { done: self.record()?, memory: Some(from) })
+    }
+
+    /// Starts a copy to the first bytes of pinned memory, which is given back when it has ended.
+    pub fn download_pinned<T: Pod>(&self, from: Slice<'_, T>, mut to: Pinned) -> Result<Transfer> {
+        self.device.bind()?;
+        let elements = &mut to.as_mut_slice::<T>()[..from.len()];
+        // SAFETY: as above.
+        unsafe { result::memcpy_dtoh_async(elements, from.address(), self.stream.cu_stream()) }
+            .doing(self.device.ordinal(), "copying from it")?;
+        Ok(Transfer { done: self.record()?, memory: Some(to) })
+    }
+
+    /// Copies on the device.
+    ///
+    /// # Panics
+    /// When lengths differ.
+    pub fn copy<T: Pod>(&self, from: Slice<'_, T>, to: SliceMut<'_, T>) -> Result<()> {
+        assert_eq!(from.len(), to.len(), "copy: as many elements there as here");
+        if from.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let (to, from, bytes) = (to.address(), from.address(), from.len() * size_of::<T>());
+        // SAFETY: both are as long.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }
+            .doing(self.device.ordinal(), "copying on it")
+    }
+
+    /// Sets all bytes to zero.
+    pub fn zero<T: Pod>(&self, to: SliceMut<'_, T>) -> Result<()> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let bytes = to.len() * size_of::<T>();
+        // SAFETY: in bounds; all types here have a zero.
+        unsafe { result::memset_d8_async(to.address(), 0, bytes, self.stream.cu_stream()) }
+            .doing(self.device.ordinal(), "zeroing")
+    }
+}
+
+impl std::fmt::Debug for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "a stream of {:?}", self.device)
+    }
+}
+
+impl PartialEq for Stream {
+    fn eq(&self, other: &Stream) -> bool {
+        self.stream.cu_stream() == other.stream.cu_stream()
+    }
+}
+
+impl Event {
+    /// Has the stream passed it?
+    pub fn has_come(&self) -> Result<bool> {
+        self.device.bind()?;
+        self.event.try_is_complete().doing(self.device.ordinal(), "asking for an event")
+    }
+
+    /// Waits on the host until the stream has passed it.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device.bind()?;
+        self.event.synchronize().doing(self.device.ordinal(), "waiting for an event")
+    }
+}
+
+/// A copy under way, which holds the host's side of it.
+#[derive(Debug)]
+pub struct Transfer {
+    done: Event,
+    memory: Option<Pinned>,
+}
+
+impl Transfer {
+    /// Waits for it and gives the memory back.
+    ///
+    /// # Errors
+    /// What failed on the device. The memory is then not given back.
+    pub fn finish(mut self) -> Result<Pinned> {
+        self.done.synchronize()?;
+        let gone = Error::NoDevice { ordinal: self.done.device.ordinal(), count: 0 };
+        self.memory.take().ok_or(gone)
+    }
+}
+
+impl Drop for Transfer {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take()
+            && self.done.synchronize().is_err()
+        {
+            // The device may still write there: it is nobody's any more.
+            std::mem::forget(memory);
+        }
+    }
+}
