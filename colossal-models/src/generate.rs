@@ -110,10 +110,10 @@ pub fn generate(
                 }
             }
             if going.is_empty() {
-                return Ok(());
+                return Ok::<(), Error>(());
             }
             if going.len() < rows.len() {
-                cache.keep(&going);
+                cache.keep(&going)?;
                 rows = going.iter().map(|i| rows[*i]).collect();
             }
             step = next;

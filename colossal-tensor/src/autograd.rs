@@ -13,12 +13,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use crate::device::Device;
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::params::{Param, ParamId};
 use crate::placement::Layout;
 use crate::storage::Buffer;
 use crate::tensor::{Scope, Tensor};
+use crate::view::{View, ViewMut};
 
 /// What a tensor's gradient flows into.
 #[derive(Clone)]
@@ -157,19 +160,37 @@ pub trait GradSink {
 /// The f32 sum that a gradient is added to.
 #[derive(Debug)]
 pub struct Accumulator<'a> {
-    /// The sum so far.
-    pub sum: &'a mut [f32],
+    /// The sum so far, on the device of the parameter.
+    pub sum: ViewMut<'a, f32>,
     /// Nothing was added yet: `sum` holds anything and counts as zeros.
     pub fresh: bool,
 }
 
 impl<'a> Accumulator<'a> {
     /// The sum, to be added to.
-    pub fn zeroed(self) -> &'a mut [f32] {
-        if self.fresh {
-            colossal_kernels::fill(self.sum, 0.0);
+    pub fn zeroed(self) -> Result<ViewMut<'a, f32>> {
+        let Accumulator { mut sum, fresh } = self;
+        match (&mut sum, fresh) {
+            (_, false) => {}
+            (ViewMut::Cpu(sum), _) => colossal_kernels::fill(sum, 0.0),
+            (sum, _) => sum.reborrow().zero()?,
         }
-        self.sum
+        Ok(sum)
+    }
+
+    /// Lets `add(sum, fresh)` add on the host, wherever the sum is.
+    pub fn on_host(self, add: impl FnOnce(&mut [f32], bool) -> Result<()>) -> Result<()> {
+        match self {
+            Accumulator { sum: ViewMut::Cpu(sum), fresh } => add(sum, fresh),
+            Accumulator { sum, fresh } => {
+                let mut part = Buffer::new::<f32>(sum.len());
+                add(part.as_mut_slice(), true)?;
+                match fresh {
+                    true => sum.write(part.as_slice()),
+                    false => kernels::add_assign(View::Cpu(part.as_slice()), sum),
+                }
+            }
+        }
     }
 }
 
@@ -186,6 +207,16 @@ impl Grads {
         self.by_id.get(&param.id()).map(Buffer::as_slice)
     }
 
+    /// Moves all of them to the host.
+    fn to_host(mut self) -> Result<Grads> {
+        for grad in self.by_id.values_mut() {
+            if grad.device() != Device::Cpu {
+                *grad = Buffer::copy_of::<u8>(&Device::Cpu, grad.view())?;
+            }
+        }
+        Ok(self)
+    }
+
     /// Names of parameters in the order in which their gradients became complete.
     pub fn completed(&self) -> &[String] {
         &self.completed
@@ -198,10 +229,14 @@ impl GradSink for Grads {
         param: &Arc<Param>,
         add: &mut dyn FnMut(Accumulator<'_>),
     ) -> Result<()> {
-        let len = param.shape().iter().product();
         let fresh = !self.by_id.contains_key(&param.id());
-        let grad = self.by_id.entry(param.id()).or_insert_with(|| Buffer::new::<f32>(len));
-        add(Accumulator { sum: grad.as_mut_slice(), fresh });
+        if fresh {
+            let buffer = Buffer::on(param.scope().device(), param.len() * size_of::<f32>())?;
+            self.by_id.insert(param.id(), buffer);
+        }
+        if let Some(grad) = self.by_id.get_mut(&param.id()) {
+            add(Accumulator { sum: grad.view_mut(), fresh });
+        }
         Ok(())
     }
 
@@ -298,9 +333,9 @@ impl Backward<'_> {
             Edge::Leaf(param) => {
                 let param = param.clone();
                 float!("backward", grad.dtype(), T => {
-                    let values = grad.read::<T>()?;
-                    self.sink.accumulate(&param, &mut |acc| {
-                        colossal_kernels::add_into(values.as_slice::<T>(), acc.zeroed());
+                    let values = grad.lend::<T>()?;
+                    deposit(self.sink, &param, |acc| {
+                        kernels::add_into(values.view::<T>(), acc.zeroed()?)
                     })
                 })
             }
@@ -312,9 +347,26 @@ impl Backward<'_> {
         &mut self,
         i: usize,
         like: &Weight,
+        add: impl FnOnce(ViewMut<'_, f32>) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        self.weight_fresh(i, like, |acc| add(acc.zeroed()?))
+    }
+
+    /// The same for an `add` that works on the host.
+    pub(crate) fn weight_on_host(
+        &mut self,
+        i: usize,
+        like: &Weight,
         add: impl FnOnce(&mut [f32]) -> Result<()> + Send + 'static,
     ) -> Result<()> {
-        self.weight_fresh(i, like, |acc| add(acc.zeroed()))
+        self.weight_fresh(i, like, |acc| {
+            acc.on_host(|sum, fresh| {
+                if fresh {
+                    colossal_kernels::fill(sum, 0.0);
+                }
+                add(sum)
+            })
+        })
     }
 
     /// As [`Backward::weight`], for an `add` that can overwrite what is fresh.
@@ -334,8 +386,8 @@ impl Backward<'_> {
                 None => deposit(self.sink, &param, add),
             },
             Edge::Node(_) => {
-                let mut grad = Buffer::new::<f32>(like.shape.iter().product());
-                add(Accumulator { sum: grad.as_mut_slice(), fresh: true })?;
+                let mut grad = like.scope.room::<f32>(like.shape.iter().product())?;
+                add(Accumulator { sum: grad.view_mut(), fresh: true })?;
                 let grad =
                     Tensor::wrap(&like.scope, grad, &like.shape, Dtype::F32, like.layout.dual());
                 self.give(i, crate::no_grad(|| grad.to_dtype(like.dtype))?)
@@ -404,7 +456,7 @@ impl Tensor {
     pub fn backward(&self) -> Result<Grads> {
         let mut grads = Grads::default();
         self.backward_into(&mut grads, None)?;
-        Ok(grads)
+        grads.to_host()
     }
 
     /// As [`Tensor::backward`], handing gradients to `sink` while the pass goes on. With

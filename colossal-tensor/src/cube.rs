@@ -20,7 +20,7 @@ use colossal_kernels::{self as kernels, Epilogue, Mat, MatMut};
 use crate::autograd::{Weight, pretended, record};
 use crate::dtype::{Element, float};
 use crate::error::{Result, comm};
-use crate::ops::produce;
+use crate::ops::produce_on_host;
 use crate::placement::Cut;
 use crate::placement::Placement::Shard;
 use crate::propagate::{self, propagate};
@@ -83,7 +83,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axes: Axes) -> Result<Tensor> {
         Ok(scope.mesh().group(&scope.axis(axis).0).map_err(comm)?.clone())
     };
     let (rows, width, depth) = (group(axes.rows)?, group(axes.width)?, group(axes.depth)?);
-    let y = produce(&scope, &shape, x.dtype(), layout, |y| {
+    let y = produce_on_host(&scope, &shape, x.dtype(), layout, |y| {
         float!("linear", x.dtype(), T => {
             let x = gathered(&rows, x.read::<T>()?.as_slice::<T>())?;
             let w = gathered(&depth, w.read::<T>()?.as_slice::<T>())?;
@@ -101,7 +101,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axes: Axes) -> Result<Tensor> {
             let dy = gathered(&width, dy.read::<T>()?.as_slice::<T>())?;
             if back.wants(0) {
                 let layout = x.layout().dual();
-                let dx = produce(x.scope(), x.shape(), dtype, layout, |dx| {
+                let dx = produce_on_host(x.scope(), x.shape(), dtype, layout, |dx| {
                     let w = gathered(&depth, w_saved.read::<T>()?.as_slice::<T>())?;
                     let mut sums = Buffer::new::<T>(m * k);
                     let dy = Mat::new(dy.as_slice::<T>(), m, n);
@@ -115,7 +115,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axes: Axes) -> Result<Tensor> {
             if !back.wants(1) {
                 return Ok(());
             }
-            back.weight(1, &like, move |dw| {
+            back.weight_on_host(1, &like, move |dw| {
                 let x = gathered(&rows, x.read::<T>()?.as_slice::<T>())?;
                 let mut sums = Buffer::new::<f32>(n * k);
                 let product = MatMut::new(sums.as_mut_slice::<f32>(), n, k);

@@ -99,6 +99,19 @@ pub enum Error {
     /// A collective failed: a rank is missing, dead, or called something else.
     #[error("communication: {0}")]
     Comm(String),
+    /// A GPU could not do it.
+    #[error(transparent)]
+    Cuda(#[from] colossal_kernels::cuda::Error),
+    /// Operands on different devices.
+    #[error("{op}: operands on {left} and {right}; build both under one scope")]
+    Device {
+        /// The op that was refused.
+        op: &'static str,
+        /// Device of the first operand.
+        left: String,
+        /// Device of the second operand.
+        right: String,
+    },
     /// Anything a caller's own code refuses inside a layer or model.
     #[error("{0}")]
     Other(String),

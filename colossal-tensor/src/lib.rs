@@ -2,9 +2,11 @@
 
 mod autograd;
 mod cube;
+mod device;
 pub mod dtype;
 mod error;
 pub mod fake;
+pub mod kernels;
 pub mod model;
 pub mod moe;
 pub mod nn;
@@ -22,9 +24,11 @@ pub mod storage;
 mod summa;
 mod tensor;
 mod ulysses;
+mod view;
 
 pub use autograd::{Accumulator, Deferred, GradSink, Grads, is_grad_enabled, no_grad};
 pub use colossal_comm::{Group, Mesh};
+pub use device::Device;
 pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};
 pub use model::{Flow, Layer, Model, Stack};
@@ -33,3 +37,4 @@ pub use params::{Flat, Held, Init, Lease, Param, ParamId, Params, Store};
 pub use placement::{Context, Cut, Dim, Layout, Placement, Region, Role, Sharding};
 pub use recompute::recompute;
 pub use tensor::{Scope, Tensor, Values};
+pub use view::{View, ViewMut};

@@ -17,7 +17,7 @@ use colossal_kernels::{self as kernels, Epilogue, Float, Mat, MatMut};
 use crate::autograd::{Weight, pretended, record};
 use crate::dtype::{Element, float};
 use crate::error::{Error, Result, comm};
-use crate::ops::produce;
+use crate::ops::produce_on_host;
 use crate::placement::Placement::Shard;
 use crate::propagate::{self, propagate};
 use crate::storage::{Buffer, Lent, Typed};
@@ -78,7 +78,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axis: usize, kind: Kind) -> Result<
         return Ok(pretended(op, y, &[x, w], &[x]));
     }
     let walk = Walk { group: x.scope().mesh().group(&name).map_err(comm)?.clone(), batch, part };
-    let y = produce(x.scope(), &shape, x.dtype(), layout, |y| {
+    let y = produce_on_host(x.scope(), &shape, x.dtype(), layout, |y| {
         float!(op, x.dtype(), T => {
             let (x, w) = (x.read::<T>()?, w.read::<T>()?);
             let (x, w, y) = (x.as_slice::<T>(), Mat::new(w.as_slice::<T>(), n, k).t(), y);
@@ -104,7 +104,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axis: usize, kind: Kind) -> Result<
             Kind::Column => Buffer::new::<u8>(0),
             Kind::Row => Buffer::with_bytes(batch * whole * n * dtype.bytes()),
         };
-        let dx = produce(x.scope(), x.shape(), dtype, layout, |dx| {
+        let dx = produce_on_host(x.scope(), x.shape(), dtype, layout, |dx| {
             float!(op, dtype, T => {
                 let (dy, w) = (dy.read::<T>()?, w_saved.read::<T>()?);
                 let (dy, w) = (dy.as_slice::<T>(), Mat::new(w.as_slice::<T>(), n, k));
@@ -126,7 +126,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axis: usize, kind: Kind) -> Result<
         if !back.wants(1) {
             return Ok(());
         }
-        back.weight(1, &like, move |dw| {
+        back.weight_on_host(1, &like, move |dw| {
             float!(op, dtype, T => {
                 let add = Epilogue { accumulate: true, ..Epilogue::default() };
                 let x = x.read::<T>()?;

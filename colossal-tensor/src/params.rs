@@ -14,10 +14,12 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::dtype::{Dtype, Element, float};
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::placement::{Dim, Layout, Placement};
 use crate::random;
 use crate::storage::Buffer;
 use crate::tensor::{Scope, Tensor};
+use crate::view::{View, ViewMut};
 
 /// Identity of a parameter within the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -143,15 +145,14 @@ impl Param {
             return Err(Error::shape("set", &[values.len()], &self.shape, "one value per element"));
         }
         let (store, bytes) = self.payload.read().clone();
-        let mut write = |out: &mut [u8]| {
-            let _ = float!("set", self.dtype, T => {
-                colossal_kernels::cast(values, bytemuck::cast_slice_mut::<u8, T>(out));
-                Ok(())
-            });
+        let mut written = Ok(());
+        let mut write = |out: ViewMut<'_, u8>| {
+            written = float!("set", self.dtype, T => kernels::cast(values.into(), out.cast::<T>()));
         };
         store
             .update(bytes, &mut write)
-            .map_err(|reason| Error::Param { name: self.name.clone(), reason })
+            .map_err(|reason| Error::Param { name: self.name.clone(), reason })?;
+        written
     }
 
     /// Says that a layer multiplies by it; `alone`: that nothing else reads its values.
@@ -174,11 +175,9 @@ impl Param {
         if small || !self.factor.load(Ordering::Relaxed) || self.int8.get().is_some() {
             return Ok(());
         }
-        let lease = self.lease()?;
         let matrix = float!("quantize_int8", self.dtype, T => {
-            Ok(Int8Matrix::quantize(bytemuck::cast_slice::<u8, T>(lease.bytes()), n, k))
+            Ok(Int8Matrix::quantize(&self.values::<T>()?, n, k))
         })?;
-        drop(lease);
         self.set_trainable(false);
         // Two who come at once have rounded the same.
         let _ = self.int8.set(matrix);
@@ -197,10 +196,24 @@ impl Param {
     pub fn to_vec(&self) -> Result<Vec<f32>> {
         let lease = self.lease()?;
         let mut out = vec![0.0; self.len()];
-        float!("to_vec", self.dtype, T => {
-            colossal_kernels::cast(bytemuck::cast_slice::<u8, T>(lease.bytes()), &mut out);
-            Ok(out)
-        })
+        match lease.view() {
+            View::Cpu(bytes) => float!("to_vec", self.dtype, T => {
+                colossal_kernels::cast(bytemuck::cast_slice::<u8, T>(bytes), &mut out);
+                Ok(out)
+            }),
+            View::Cuda(..) => float!("to_vec", self.dtype, T => {
+                colossal_kernels::cast(&self.values::<T>()?, &mut out);
+                Ok(out)
+            }),
+        }
+    }
+
+    /// The local part as it is held, copied to the host.
+    pub fn values<T: Element>(&self) -> Result<Vec<T>> {
+        let lease = self.lease()?;
+        let mut out = vec![T::zeroed(); self.len()];
+        lease.view().cast().read(&mut out)?;
+        Ok(out)
     }
 
     /// Cuts this rank's part out of the whole parameter (row-major, global shape); padding is zero.
@@ -270,7 +283,11 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     fn lease(self: Arc<Self>, bytes: Range<usize>) -> Result<Lease, String>;
 
     /// Lends these bytes for writing. Fails while any of them is leased.
-    fn update(&self, bytes: Range<usize>, write: &mut dyn FnMut(&mut [u8])) -> Result<(), String>;
+    fn update(
+        &self,
+        bytes: Range<usize>,
+        write: &mut dyn FnMut(ViewMut<'_, u8>),
+    ) -> Result<(), String>;
 }
 
 /// A borrowed payload.
@@ -282,7 +299,7 @@ pub struct Lease {
 /// What keeps a payload in place.
 pub trait Held: Send {
     /// The bytes that are held, of which a lease shows a range.
-    fn held(&self) -> &[u8];
+    fn held(&self) -> View<'_, u8>;
 }
 
 impl Lease {
@@ -297,9 +314,9 @@ impl Lease {
         Lease { bytes: start..start + range.len(), hold: self.hold }
     }
 
-    /// The payload.
-    pub fn bytes(&self) -> &[u8] {
-        &self.hold.held()[self.bytes.clone()]
+    /// The payload, where it is.
+    pub fn view(&self) -> View<'_, u8> {
+        self.hold.held().range(self.bytes.clone())
     }
 }
 
@@ -322,8 +339,8 @@ struct HeldFlat(ReadGuard);
 unsafe impl Send for HeldFlat {}
 
 impl Held for HeldFlat {
-    fn held(&self) -> &[u8] {
-        self.0.as_slice()
+    fn held(&self) -> View<'_, u8> {
+        self.0.view()
     }
 }
 
@@ -356,12 +373,16 @@ impl Store for Flat {
         Ok(Lease::new(HeldFlat(RwLock::read_arc(&self.0)), bytes))
     }
 
-    fn update(&self, bytes: Range<usize>, write: &mut dyn FnMut(&mut [u8])) -> Result<(), String> {
+    fn update(
+        &self,
+        bytes: Range<usize>,
+        write: &mut dyn FnMut(ViewMut<'_, u8>),
+    ) -> Result<(), String> {
         let mut guard = self
             .0
             .try_write()
             .ok_or("its payload is in use; drop the values read from it first")?;
-        write(&mut guard.as_mut_slice::<u8>()[bytes]);
+        write(guard.view_mut().range(bytes));
         Ok(())
     }
 }
@@ -378,7 +399,7 @@ impl Store for Rounded {
         Err(ROUNDED.into())
     }
 
-    fn update(&self, _: Range<usize>, _: &mut dyn FnMut(&mut [u8])) -> Result<(), String> {
+    fn update(&self, _: Range<usize>, _: &mut dyn FnMut(ViewMut<'_, u8>)) -> Result<(), String> {
         Err(ROUNDED.into())
     }
 }
@@ -475,7 +496,7 @@ impl Params {
         }
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let len: usize = if self.scope.is_fake() { 0 } else { shape.iter().product() };
-        let flat = Flat::new(Buffer::new::<u8>(len * self.dtype.bytes()));
+        let flat = Flat::new(Buffer::on(self.scope.device(), len * self.dtype.bytes())?);
         let param = Arc::new(Param {
             id: ParamId(NEXT.fetch_add(1, Ordering::Relaxed)),
             name,

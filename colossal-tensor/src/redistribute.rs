@@ -204,7 +204,7 @@ pub(crate) fn shift(x: &Tensor, axis: usize, to: Placement) -> Result<Tensor> {
     let group = scope.mesh().group(&name).map_err(comm)?;
     let dtype = x.dtype();
     let buffer = any!(dtype, T => moved::<T>(x.clone(), from, to, &shape, group))?;
-    Ok(Tensor::wrap(&scope, buffer, &shape, dtype, layout))
+    Tensor::place(&scope, buffer, &shape, dtype, layout)
 }
 
 fn moved<T: Element>(
@@ -219,14 +219,14 @@ fn moved<T: Element>(
     let old = x.shape().to_vec();
     match (from, to) {
         (Partial, Invariant | Replicate) => {
-            let mut buffer = x.into_buffer()?;
+            let mut buffer = x.into_host_buffer()?;
             group.all_reduce(buffer.as_mut_slice::<T>(), ReduceOp::Sum).map_err(comm)?;
             Ok(buffer)
         }
         // One term each of a sum whose value is the tensor.
         (Invariant | Replicate, Partial) => {
             let scaled = x.detach().scale(1.0 / n as f32)?;
-            scaled.into_buffer()
+            scaled.into_host_buffer()
         }
         (Shard(d), Replicate | Invariant) => {
             let values = x.read::<T>()?;

@@ -22,7 +22,7 @@ use colossal_kernels::{self as kernels, AttentionShape, Float};
 use crate::autograd::{pretended, record};
 use crate::dtype::{Element, float};
 use crate::error::{Error, Result, comm};
-use crate::ops::{AttentionMask, produce};
+use crate::ops::{AttentionMask, produce_on_host};
 use crate::placement::Context;
 use crate::redistribute::swap_outer;
 use crate::storage::{Buffer, Lent, Typed};
@@ -43,14 +43,14 @@ pub(crate) fn ring_attention(
     }
     let (layout, dtype) = (q.layout(), q.dtype());
     if q.scope().is_fake() {
-        let out = produce(q.scope(), q.shape(), dtype, layout, |_| Ok(()))?;
+        let out = produce_on_host(q.scope(), q.shape(), dtype, layout, |_| Ok(()))?;
         pretend_to_send(k, axes);
         let saved = out.clone();
         return Ok(pretended("ring_attention", out, &[q, k, v], &[q, k, v, &saved]));
     }
     let ring = Ring::new(q, k, mask, axes)?;
     let mut lse = Buffer::new::<f32>(ring.chunks * ring.batch * ring.heads * ring.chunk);
-    let out = produce(q.scope(), q.shape(), dtype, layout, |out| {
+    let out = produce_on_host(q.scope(), q.shape(), dtype, layout, |out| {
         float!("ring_attention", dtype, T => {
             let (q, k, v) = (q.read::<T>()?, k.read::<T>()?, v.read::<T>()?);
             let (q, k, v) = (q.as_slice::<T>(), k.as_slice::<T>(), v.as_slice::<T>());
@@ -62,7 +62,7 @@ pub(crate) fn ring_attention(
         let scope = dout.scope().clone();
         let mut dk = Buffer::with_bytes(k_saved.len() * dtype.bytes());
         let mut dv = Buffer::with_bytes(v_saved.len() * dtype.bytes());
-        let dq = produce(&scope, q_saved.shape(), dtype, dout.layout(), |dq| {
+        let dq = produce_on_host(&scope, q_saved.shape(), dtype, dout.layout(), |dq| {
             float!("ring_attention", dtype, T => {
                 ring.backward(
                     [
@@ -77,8 +77,8 @@ pub(crate) fn ring_attention(
                 )
             })
         })?;
-        back.give(2, Tensor::wrap(&scope, dv, v_saved.shape(), dtype, dout.layout()))?;
-        back.give(1, Tensor::wrap(&scope, dk, k_saved.shape(), dtype, dout.layout()))?;
+        back.give(2, Tensor::place(&scope, dv, v_saved.shape(), dtype, dout.layout())?)?;
+        back.give(1, Tensor::place(&scope, dk, k_saved.shape(), dtype, dout.layout())?)?;
         back.give(0, dq)
     }))
 }

@@ -1,7 +1,8 @@
 //! Memory of tensors: aligned buffers from a caching allocator.
 //!
 //! A rank is a thread, and each thread keeps the buffers it frees, by size class, for its next
-//! step: after the first training step nothing is asked of the system. Memory is zeroed when it
+//! step, of the host and of each stream of a GPU: after the first training step nothing is asked
+//! of the system. Memory is zeroed when it
 //! first comes from the system, so a recycled buffer holds old values but never undefined ones.
 
 use std::cell::RefCell;
@@ -9,7 +10,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytemuck::Pod;
+use colossal_kernels::cuda::{self, Stream};
 use colossal_kernels::memory::Block;
+
+use crate::device::Device;
+use crate::error::Result;
+use crate::view::{View, ViewMut};
 
 /// Every buffer starts on a cache line.
 const ALIGN: usize = 64;
@@ -18,35 +24,103 @@ const ALIGN: usize = 64;
 #[derive(Debug)]
 pub struct Buffer {
     /// There until the buffer is dropped.
-    block: Option<Block>,
+    memory: Option<Memory>,
     bytes: usize,
 }
 
+/// What a buffer is a part of.
+#[derive(Debug)]
+enum Memory {
+    Cpu(Block),
+    /// Used in the order of the stream, so that what is freed can be used again at once.
+    Cuda(cuda::Block, Stream),
+}
+
 impl Buffer {
-    /// A buffer of `len` elements whose values are unspecified (but initialised).
+    /// A buffer of `len` elements on the host whose values are unspecified (but initialised).
     pub fn new<T: Pod>(len: usize) -> Buffer {
         Buffer::with_bytes(len * size_of::<T>())
     }
 
-    /// A buffer of `bytes` bytes whose values are unspecified (but initialised).
+    /// A buffer of `bytes` bytes on the host whose values are unspecified (but initialised).
     pub fn with_bytes(bytes: usize) -> Buffer {
         let capacity = size_class(bytes);
-        let kept = CACHE.try_with(|c| c.borrow_mut().take(capacity)).ok().flatten();
-        Buffer { block: Some(kept.unwrap_or_else(|| Block::zeroed(capacity))), bytes }
+        let kept = CACHE.try_with(|c| c.borrow_mut().take(HOST, capacity)).ok().flatten();
+        let memory = kept.unwrap_or_else(|| Memory::Cpu(Block::zeroed(capacity)));
+        Buffer { memory: Some(memory), bytes }
     }
 
-    /// A buffer of `len` zeros.
+    /// A buffer of `bytes` bytes on `device` whose values are unspecified.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`](crate::Error::Cuda) when the device has no room, even after what this
+    /// thread keeps for reuse was given back.
+    pub fn on(device: &Device, bytes: usize) -> Result<Buffer> {
+        let Device::Cuda(stream) = device else { return Ok(Buffer::with_bytes(bytes)) };
+        let (place, capacity) = (place_of(stream), size_class(bytes));
+        let kept = CACHE.try_with(|c| c.borrow_mut().take(place, capacity)).ok().flatten();
+        let memory = match kept {
+            Some(memory) => memory,
+            None => {
+                let made = cuda::Block::new(stream.device(), capacity).or_else(|error| {
+                    release_of(place);
+                    match error {
+                        cuda::Error::OutOfMemory { .. } => {
+                            cuda::Block::new(stream.device(), capacity)
+                        }
+                        other => Err(other),
+                    }
+                });
+                // What was counted as taken was not.
+                let made = made.inspect_err(|_| forget(place, capacity))?;
+                Memory::Cuda(made, stream.clone())
+            }
+        };
+        Ok(Buffer { memory: Some(memory), bytes })
+    }
+
+    /// A buffer of `len` zeros on the host.
     pub fn zeros<T: Pod>(len: usize) -> Buffer {
         let mut buffer = Buffer::new::<T>(len);
         buffer.as_mut_slice::<u8>().fill(0);
         buffer
     }
 
-    /// A buffer holding a copy of `data`.
+    /// A buffer of `len` zeros on `device`.
+    pub fn zeros_on<T: Pod>(device: &Device, len: usize) -> Result<Buffer> {
+        let mut buffer = Buffer::on(device, len * size_of::<T>())?;
+        buffer.view_mut::<u8>().zero()?;
+        Ok(buffer)
+    }
+
+    /// A buffer on the host holding a copy of `data`.
     pub fn from_slice<T: Pod>(data: &[T]) -> Buffer {
         let mut buffer = Buffer::new::<T>(data.len());
         buffer.as_mut_slice().copy_from_slice(data);
         buffer
+    }
+
+    /// A buffer on `device` holding a copy of `data`.
+    pub fn copy_of<T: Pod>(device: &Device, data: View<'_, T>) -> Result<Buffer> {
+        let mut buffer = Buffer::on(device, data.len() * size_of::<T>())?;
+        buffer.view_mut().copy(data)?;
+        Ok(buffer)
+    }
+
+    /// The same bytes on `device`: the buffer itself if it is there.
+    pub fn to(self, device: &Device) -> Result<Buffer> {
+        match self.device() == *device {
+            true => Ok(self),
+            false => Buffer::copy_of(device, self.view::<u8>()),
+        }
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> Device {
+        match &self.memory {
+            Some(Memory::Cuda(_, stream)) => Device::Cuda(stream.clone()),
+            _ => Device::Cpu,
+        }
     }
 
     /// Length in bytes.
@@ -54,23 +128,54 @@ impl Buffer {
         self.bytes
     }
 
-    /// The contents as elements of `T`. Panics if the length is not a multiple of `T`'s size.
-    pub fn as_slice<T: Pod>(&self) -> &[T] {
-        bytemuck::cast_slice(self.block.as_ref().map_or(&[], |b| b.bytes(self.bytes)))
+    /// The contents as elements of `T`, wherever they are. Panics if the length is not a multiple
+    /// of `T`'s size.
+    pub fn view<T: Pod>(&self) -> View<'_, T> {
+        match &self.memory {
+            Some(Memory::Cuda(block, stream)) => {
+                View::Cuda(stream, block.slice::<u8>(0..self.bytes)).cast()
+            }
+            _ => View::Cpu(self.as_slice()),
+        }
     }
 
-    /// The contents as mutable elements of `T`. Panics as [`Buffer::as_slice`] does.
+    /// The contents as mutable elements of `T`. Panics as [`Buffer::view`] does.
+    pub fn view_mut<T: Pod>(&mut self) -> ViewMut<'_, T> {
+        match &mut self.memory {
+            Some(Memory::Cuda(block, stream)) => {
+                ViewMut::Cuda(stream, block.slice_mut::<u8>(0..self.bytes)).cast()
+            }
+            Some(Memory::Cpu(block)) => {
+                ViewMut::Cpu(bytemuck::cast_slice_mut(block.bytes_mut(self.bytes)))
+            }
+            None => ViewMut::Cpu(&mut []),
+        }
+    }
+
+    /// The contents, on the host. Panics if the length is not a multiple of `T`'s size, or the
+    /// buffer is on a GPU: see [`Buffer::view`].
+    pub fn as_slice<T: Pod>(&self) -> &[T] {
+        bytemuck::cast_slice(match &self.memory {
+            Some(Memory::Cpu(block)) => block.bytes(self.bytes),
+            Some(Memory::Cuda(..)) => panic!("a buffer of {} is no slice", self.device()),
+            None => &[],
+        })
+    }
+
+    /// The contents to write, on the host. Panics as [`Buffer::as_slice`] does.
     pub fn as_mut_slice<T: Pod>(&mut self) -> &mut [T] {
-        let bytes = self.bytes;
-        bytemuck::cast_slice_mut(self.block.as_mut().map_or(&mut [], |b| b.bytes_mut(bytes)))
+        match self.view_mut() {
+            ViewMut::Cpu(slice) => slice,
+            ViewMut::Cuda(stream, _) => panic!("a buffer of {:?} is no slice", stream.device()),
+        }
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Some(block) = self.block.take() {
+        if let Some(memory) = self.memory.take() {
             // After the thread's cache is gone the block is freed.
-            let _ = CACHE.try_with(|c| c.borrow_mut().put(block));
+            let _ = CACHE.try_with(|c| c.borrow_mut().put(memory));
         }
     }
 }
@@ -128,25 +233,53 @@ pub struct MemoryStats {
     pub system_allocations: u64,
 }
 
-/// This thread's allocator counters.
+/// This thread's allocator counters for the host.
 pub fn memory_stats() -> MemoryStats {
-    CACHE.with(|c| c.borrow().stats)
+    stats_of(HOST)
+}
+
+/// This thread's allocator counters for `device`.
+pub fn memory_stats_of(device: &Device) -> MemoryStats {
+    stats_of(device.stream().map_or(HOST, place_of))
+}
+
+fn stats_of(place: usize) -> MemoryStats {
+    CACHE.with(|c| c.borrow().pools.get(&place).map(|p| p.stats).unwrap_or_default())
 }
 
 /// Starts a new peak measurement at what is live now.
 pub fn reset_peak() {
     CACHE.with(|c| {
-        let stats = &mut c.borrow_mut().stats;
-        stats.peak = stats.in_use;
+        for pool in c.borrow_mut().pools.values_mut() {
+            pool.stats.peak = pool.stats.in_use;
+        }
     });
 }
 
-/// Gives this thread's cached memory back to the system.
+/// Gives this thread's cached memory back to the system, of all devices.
 pub fn release_cached() {
-    CACHE.with(|c| {
-        let mut cache = c.borrow_mut();
-        cache.free.clear();
-        cache.stats.cached = 0;
+    let places: Vec<usize> = CACHE.with(|c| c.borrow().pools.keys().copied().collect());
+    places.into_iter().for_each(release_of);
+}
+
+fn release_of(place: usize) {
+    // Freed after the cache is no longer borrowed: a block of a device waits for it.
+    let freed = CACHE.try_with(|c| {
+        c.borrow_mut().pools.get_mut(&place).map(|pool| {
+            pool.stats.cached = 0;
+            std::mem::take(&mut pool.free)
+        })
+    });
+    drop(freed);
+}
+
+/// Memory that was counted as taken could not be had.
+fn forget(place: usize, capacity: usize) {
+    let _ = CACHE.try_with(|c| {
+        if let Some(pool) = c.borrow_mut().pools.get_mut(&place) {
+            pool.stats.in_use = pool.stats.in_use.saturating_sub(capacity);
+            pool.stats.system_allocations -= 1;
+        }
     });
 }
 
@@ -154,9 +287,21 @@ thread_local! {
     static CACHE: RefCell<Cache> = RefCell::default();
 }
 
+/// The place of buffers on the host; a stream's is its address.
+const HOST: usize = 0;
+
+fn place_of(stream: &Stream) -> usize {
+    stream.raw().cu_stream() as usize
+}
+
 #[derive(Default)]
 struct Cache {
-    free: HashMap<usize, Vec<Block>>,
+    pools: HashMap<usize, Pool>,
+}
+
+#[derive(Default)]
+struct Pool {
+    free: HashMap<usize, Vec<Memory>>,
     stats: MemoryStats,
 }
 
@@ -164,14 +309,15 @@ struct Cache {
 const CACHE_FLOOR: usize = 64 << 20;
 
 impl Cache {
-    fn take(&mut self, capacity: usize) -> Option<Block> {
-        let stats = &mut self.stats;
+    fn take(&mut self, place: usize, capacity: usize) -> Option<Memory> {
+        let pool = self.pools.entry(place).or_default();
+        let stats = &mut pool.stats;
         stats.in_use += capacity;
         stats.peak = stats.peak.max(stats.in_use);
-        match self.free.get_mut(&capacity).and_then(Vec::pop) {
-            Some(block) => {
+        match pool.free.get_mut(&capacity).and_then(Vec::pop) {
+            Some(memory) => {
                 stats.cached -= capacity;
-                Some(block)
+                Some(memory)
             }
             None => {
                 stats.system_allocations += 1;
@@ -180,15 +326,19 @@ impl Cache {
         }
     }
 
-    fn put(&mut self, block: Block) {
-        let capacity = block.capacity();
+    fn put(&mut self, memory: Memory) {
+        let (place, capacity) = match &memory {
+            Memory::Cpu(block) => (HOST, block.capacity()),
+            Memory::Cuda(block, stream) => (place_of(stream), block.capacity()),
+        };
+        let pool = self.pools.entry(place).or_default();
         // A buffer may be dropped on another thread than its own: the counter saturates.
-        self.stats.in_use = self.stats.in_use.saturating_sub(capacity);
-        if self.stats.cached + capacity > self.stats.peak.max(CACHE_FLOOR) {
+        pool.stats.in_use = pool.stats.in_use.saturating_sub(capacity);
+        if pool.stats.cached + capacity > pool.stats.peak.max(CACHE_FLOOR) {
             return;
         }
-        self.stats.cached += capacity;
-        self.free.entry(capacity).or_default().push(block);
+        pool.stats.cached += capacity;
+        pool.free.entry(capacity).or_default().push(memory);
     }
 }
 

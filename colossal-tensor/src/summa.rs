@@ -22,7 +22,7 @@ use colossal_kernels::{self as kernels, Epilogue, Mat, MatMut};
 use crate::autograd::{Weight, pretended, record};
 use crate::dtype::{Element, float};
 use crate::error::{Error, Result, comm};
-use crate::ops::produce;
+use crate::ops::produce_on_host;
 use crate::placement::Cut;
 use crate::placement::Placement::Shard;
 use crate::propagate::{self, propagate};
@@ -75,7 +75,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, [row, col]: [usize; 2]) -> Result<T
         return Ok(pretended("linear", y, &[x, w], &[x]));
     }
     let grid = Grid::new(x, row, col)?;
-    let y = produce(x.scope(), &shape, x.dtype(), layout, |y| {
+    let y = produce_on_host(x.scope(), &shape, x.dtype(), layout, |y| {
         float!("linear", x.dtype(), T => {
             let (x, w) = (x.read::<T>()?, w.read::<T>()?);
             let (x, w) = (x.as_slice::<T>(), w.as_slice::<T>());
@@ -98,7 +98,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, [row, col]: [usize; 2]) -> Result<T
         let x = x_saved;
         if back.wants(0) {
             let layout = x.layout().dual();
-            let dx = produce(x.scope(), x.shape(), x.dtype(), layout, |dx| {
+            let dx = produce_on_host(x.scope(), x.shape(), x.dtype(), layout, |dx| {
                 float!("linear", dy.dtype(), T => {
                     let (dy, w) = (dy.read::<T>()?, w_saved.read::<T>()?);
                     let (dy, w) = (dy.as_slice::<T>(), w.as_slice::<T>());
@@ -121,7 +121,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, [row, col]: [usize; 2]) -> Result<T
         if !back.wants(1) {
             return Ok(());
         }
-        back.weight(1, &like, move |dw| {
+        back.weight_on_host(1, &like, move |dw| {
             float!("linear", dy.dtype(), T => {
                 let (dy, x) = (dy.read::<T>()?, x.read::<T>()?);
                 let (dy, x) = (dy.as_slice::<T>(), x.as_slice::<T>());

@@ -9,12 +9,14 @@ use std::sync::Arc;
 use colossal_comm::Mesh;
 
 use crate::autograd::Edge;
+use crate::device::Device;
 use crate::dtype::{Dtype, Element};
 use crate::error::{Error, Result};
 use crate::fake::{Account, Pretended};
 use crate::params::{Lease, Param};
 use crate::placement::{Context, Layout, Placement, Role, Sharding, axis_of};
 use crate::storage::Buffer;
+use crate::view::View;
 
 /// Where tensors of one rank live: its mesh, and the map from names to placements.
 #[derive(Debug, Clone)]
@@ -24,14 +26,27 @@ pub struct Scope(Arc<ScopeInner>);
 struct ScopeInner {
     mesh: Mesh,
     sharding: Sharding,
+    device: Device,
     /// On a pretended mesh: what would be held and sent.
     account: Option<Arc<Account>>,
 }
 
 impl Scope {
-    /// Tensors on this mesh under this map.
+    /// Tensors on this mesh under this map, on the host.
     pub fn new(mesh: Mesh, sharding: Sharding) -> Scope {
-        Scope(Arc::new(ScopeInner { mesh, sharding, account: None }))
+        Scope(Arc::new(ScopeInner { mesh, sharding, device: Device::Cpu, account: None }))
+    }
+
+    /// The same with tensors on this device.
+    pub fn on(&self, device: &Device) -> Scope {
+        let ScopeInner { mesh, sharding, account, .. } = &*self.0;
+        let (mesh, sharding) = (mesh.clone(), sharding.clone());
+        Scope(Arc::new(ScopeInner {
+            mesh,
+            sharding,
+            device: device.clone(),
+            account: account.clone(),
+        }))
     }
 
     /// One device, no parallelism.
@@ -42,7 +57,18 @@ impl Scope {
     /// A pretended mesh: shapes and layouts are checked, no values exist and nothing is sent.
     pub fn fake(axes: &[(&'static str, usize)], sharding: Sharding) -> Scope {
         let account = Some(Arc::default());
-        Scope(Arc::new(ScopeInner { mesh: Mesh::fake(axes), sharding, account }))
+        let (mesh, device) = (Mesh::fake(axes), Device::Cpu);
+        Scope(Arc::new(ScopeInner { mesh, sharding, device, account }))
+    }
+
+    /// Where its tensors live.
+    pub fn device(&self) -> &Device {
+        &self.0.device
+    }
+
+    /// Room for so many elements on its device; none on a pretended mesh.
+    pub(crate) fn room<T: Element>(&self, len: usize) -> Result<Buffer> {
+        Buffer::on(self.device(), if self.is_fake() { 0 } else { len * size_of::<T>() })
     }
 
     /// The mesh.
@@ -226,12 +252,22 @@ enum ValuesInner {
 }
 
 impl Values {
-    /// The elements. Panics if `T` is not the tensor's type; [`Tensor::read`] has checked it.
+    /// The elements, wherever they are. Panics if `T` is not the tensor's type;
+    /// [`Tensor::read`] and `Tensor::lend` have checked it.
+    pub fn view<T: Element>(&self) -> View<'_, T> {
+        match &self.0 {
+            ValuesInner::Owned(buffer, bytes) => buffer.view::<u8>().range(bytes.clone()),
+            ValuesInner::Leased(lease) => lease.view(),
+        }
+        .cast()
+    }
+
+    /// The elements, on the host: [`Tensor::read`] has copied them there.
     pub fn as_slice<T: Element>(&self) -> &[T] {
-        bytemuck::cast_slice(match &self.0 {
-            ValuesInner::Owned(buffer, bytes) => &buffer.as_slice::<u8>()[bytes.clone()],
-            ValuesInner::Leased(lease) => lease.bytes(),
-        })
+        match self.view() {
+            View::Cpu(x) => x,
+            View::Cuda(stream, _) => panic!("values on {:?} are no slice", stream.device()),
+        }
     }
 }
 
@@ -252,7 +288,8 @@ impl Tensor {
         if data.len() != shape.iter().product::<usize>() {
             return Err(Error::shape("from_slice", &[data.len()], shape, "one value per element"));
         }
-        Ok(Tensor::wrap(scope, Buffer::from_slice(data), shape, T::DTYPE, layout))
+        let buffer = Buffer::copy_of(scope.device(), data.into())?;
+        Ok(Tensor::wrap(scope, buffer, shape, T::DTYPE, layout))
     }
 
     /// A tensor on one device.
@@ -275,6 +312,7 @@ impl Tensor {
         layout: Layout,
     ) -> Tensor {
         debug_assert_eq!(buffer.bytes(), shape.iter().product::<usize>() * dtype.bytes());
+        debug_assert_eq!(buffer.device(), *scope.device());
         Tensor(Arc::new(Inner {
             scope: scope.clone(),
             shape: shape.to_vec(),
@@ -283,6 +321,17 @@ impl Tensor {
             data: Data::Owned(Arc::new(buffer), 0),
             edge: Edge::None,
         }))
+    }
+
+    /// The same of a buffer that may have to move to the scope's device.
+    pub(crate) fn place(
+        scope: &Scope,
+        buffer: Buffer,
+        shape: &[usize],
+        dtype: Dtype,
+        layout: Layout,
+    ) -> Result<Tensor> {
+        Ok(Tensor::wrap(scope, buffer.to(scope.device())?, shape, dtype, layout))
     }
 
     /// A tensor of a pretended mesh.
@@ -471,11 +520,27 @@ impl Tensor {
         }
     }
 
-    /// The local values, checked to be of type `T`.
+    /// The local values on the host, checked to be of type `T`: copied if they are on a GPU.
     ///
     /// # Errors
     /// [`Error::Dtype`] for another type, [`Error::Fake`] on a pretended mesh.
     pub fn read<T: Element>(&self) -> Result<Values> {
+        let values = self.lend::<T>()?;
+        match values.view::<T>() {
+            View::Cpu(_) => Ok(values),
+            elsewhere => {
+                let copy = Arc::new(Buffer::copy_of(&Device::Cpu, elsewhere)?);
+                let bytes = 0..copy.bytes();
+                Ok(Values(ValuesInner::Owned(copy, bytes)))
+            }
+        }
+    }
+
+    /// The local values where they are, checked to be of type `T`.
+    ///
+    /// # Errors
+    /// As [`Tensor::read`].
+    pub(crate) fn lend<T: Element>(&self) -> Result<Values> {
         if T::DTYPE != self.dtype() {
             return Err(Error::Dtype { op: "read", left: self.dtype(), right: T::DTYPE });
         }
@@ -546,9 +611,14 @@ impl Tensor {
         match self.into_unique() {
             Ok(buffer) => Ok(buffer),
             Err(shared) => crate::dtype::any!(dtype, T => {
-                Ok(Buffer::from_slice(shared.read::<T>()?.as_slice::<T>()))
+                Buffer::copy_of(shared.scope().device(), shared.lend::<T>()?.view::<T>())
             }),
         }
+    }
+
+    /// As [`Tensor::into_buffer`], on the host.
+    pub(crate) fn into_host_buffer(self) -> Result<Buffer> {
+        self.into_buffer()?.to(&Device::Cpu)
     }
 }
 

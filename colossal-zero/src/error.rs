@@ -20,6 +20,9 @@ pub enum Error {
         /// Why it was refused.
         reason: &'static str,
     },
+    /// The memory in which gradients are kept failed: a device is lost, or has no room.
+    #[error("zero: {0}")]
+    Space(String),
     /// A flat vector of another length.
     #[error("zero: made for {expected} elements, given {given}")]
     Length {

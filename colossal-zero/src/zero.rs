@@ -8,10 +8,11 @@
 
 use std::ops::Range;
 
-use colossal_comm::{Element, Group, Pending, ReduceOp};
+use colossal_comm::{Element, Group};
 
 use crate::error::{Error, Result};
 use crate::partition::Partition;
+use crate::space::{Host, Space};
 
 /// What is cut over the ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -24,9 +25,10 @@ pub enum Stage {
     Two,
 }
 
-/// Gradients of a flat vector, summed over a group.
+/// Gradients of a flat vector, summed over a group, in some memory.
 #[derive(Debug)]
-pub struct Zero {
+pub struct Zero<S: Space = Host> {
+    space: S,
     stage: Stage,
     group: Group,
     len: usize,
@@ -34,32 +36,27 @@ pub struct Zero {
     /// Offsets of the parameters, rising; the bucket's buffer holds this one's gradient.
     offsets: Vec<usize>,
     touched: Vec<bool>,
-    buckets: Vec<Filling>,
-    flying: Vec<Flight>,
+    buckets: Vec<Filling<S::Buffer>>,
+    /// Reductions under way, by bucket.
+    flying: Vec<(usize, S::Flight)>,
     /// Reduced gradients of this rank's pieces (stage 0: of everything), bucket by bucket.
-    grads: Vec<Option<Vec<f32>>>,
+    grads: Vec<Option<S::Buffer>>,
 }
 
 /// A bucket that gradients are accumulated in.
-#[derive(Debug, Default)]
-struct Filling {
+#[derive(Debug)]
+struct Filling<B> {
     /// What is sent; taken while it flies.
-    buffer: Option<Vec<f32>>,
+    buffer: Option<B>,
     /// Room for what comes back, when that is not the buffer itself.
-    piece: Option<Vec<f32>>,
+    piece: Option<B>,
     /// Parameters whose gradient is complete.
     complete: usize,
 }
 
-#[derive(Debug)]
-enum Flight {
-    Whole(usize, Pending<Vec<f32>>),
-    Scattered(usize, Pending<(Vec<f32>, Vec<f32>)>),
-}
-
 impl Zero {
-    /// Gradients of `len` elements, of which `segments` are the parameters `(offset, len)` in
-    /// flat order, reduced over `group` in buckets of about `bucket` elements.
+    /// Gradients of `len` elements on the host, of which `segments` are the parameters
+    /// `(offset, len)` in flat order, reduced over `group` in buckets of about `bucket` elements.
     ///
     /// # Errors
     /// [`Error::Gradient`] when segments do not cover the vector in order.
@@ -70,6 +67,38 @@ impl Zero {
         bucket: usize,
         segments: &[(usize, usize)],
     ) -> Result<Zero> {
+        Zero::within(Host, stage, group, len, bucket, segments)
+    }
+
+    /// Adds `grad` to the gradient of the parameter at `offset`, which then is complete.
+    ///
+    /// # Errors
+    /// As [`Zero::gradient`].
+    pub fn ready(&mut self, offset: usize, grad: &[f32]) -> Result<()> {
+        if grad.is_empty() {
+            return Ok(());
+        }
+        match self.gradient(offset, grad.len())? {
+            (to, true) => to.copy_from_slice(grad),
+            (to, false) => to.iter_mut().zip(grad).for_each(|(b, g)| *b += g),
+        }
+        self.complete(offset)
+    }
+}
+
+impl<S: Space> Zero<S> {
+    /// As [`Zero::new`], in another memory.
+    ///
+    /// # Errors
+    /// As [`Zero::new`].
+    pub fn within(
+        space: S,
+        stage: Stage,
+        group: Group,
+        len: usize,
+        bucket: usize,
+        segments: &[(usize, usize)],
+    ) -> Result<Zero<S>> {
         let mut end = 0;
         for (offset, size) in segments {
             if *offset != end {
@@ -82,12 +111,13 @@ impl Zero {
             return Err(Error::Length { expected: len, given: end });
         }
         let partition = Partition::new(segments, bucket, group.world_size());
-        let buckets = partition.buckets().iter().map(|_| Filling::default()).collect();
+        let empty = |_| Filling { buffer: None, piece: None, complete: 0 };
+        let buckets = partition.buckets().iter().map(empty).collect();
         let grads = partition.buckets().iter().map(|_| None).collect();
         let offsets: Vec<usize> = segments.iter().filter(|s| s.1 > 0).map(|s| s.0).collect();
         let touched = vec![false; offsets.len()];
         let flying = vec![];
-        Ok(Zero { stage, group, len, partition, offsets, touched, buckets, flying, grads })
+        Ok(Zero { space, stage, group, len, partition, offsets, touched, buckets, flying, grads })
     }
 
     /// The stage.
@@ -116,7 +146,7 @@ impl Zero {
     ///
     /// # Errors
     /// [`Error::Gradient`] when there is no such parameter or its bucket is in flight.
-    pub fn gradient(&mut self, offset: usize, len: usize) -> Result<(&mut [f32], bool)> {
+    pub fn gradient(&mut self, offset: usize, len: usize) -> Result<(S::Part<'_>, bool)> {
         let refuse = |reason| Error::Gradient { offset, len, reason };
         let Ok(parameter) = self.offsets.binary_search(&offset) else {
             return Err(refuse("is not where a parameter starts"));
@@ -126,14 +156,18 @@ impl Zero {
             return Err(refuse("is not as long as its parameter"));
         }
         let i = self.partition.bucket_of(offset).ok_or_else(|| refuse("lies beyond the end"))?;
-        if self.flying.iter().any(|f| f.bucket() == i) {
+        if self.flying.iter().any(|(bucket, _)| *bucket == i) {
             return Err(refuse("comes after its bucket was sent; finish the microbatch first"));
         }
         let bucket = &self.partition.buckets()[i];
-        let buffer = self.buckets[i].buffer.get_or_insert_with(|| vec![0.0; bucket.padded]);
+        let slot = &mut self.buckets[i].buffer;
+        let buffer = match slot.take() {
+            Some(buffer) => buffer,
+            None => self.space.zeros(bucket.padded)?,
+        };
         let at = offset - bucket.range.start;
         let first = !std::mem::replace(&mut self.touched[parameter], true);
-        Ok((&mut buffer[at..at + len], first))
+        Ok((self.space.part(slot.insert(buffer), at..at + len), first))
     }
 
     /// The gradient of the parameter at `offset` is complete on this rank. The last one of a
@@ -147,30 +181,18 @@ impl Zero {
         let i = self.partition.bucket_of(offset).ok_or(refused)?;
         self.buckets[i].complete += 1;
         if self.buckets[i].complete == self.partition.buckets()[i].segments {
-            self.launch(i);
+            self.launch(i)?;
         }
         Ok(())
     }
 
-    /// Adds `grad` to the gradient of the parameter at `offset`, which then is complete.
-    ///
-    /// # Errors
-    /// As [`Zero::gradient`].
-    pub fn ready(&mut self, offset: usize, grad: &[f32]) -> Result<()> {
-        if grad.is_empty() {
-            return Ok(());
-        }
-        match self.gradient(offset, grad.len())? {
-            (to, true) => to.copy_from_slice(grad),
-            (to, false) => to.iter_mut().zip(grad).for_each(|(b, g)| *b += g),
-        }
-        self.complete(offset)
-    }
-
-    fn launch(&mut self, i: usize) {
+    fn launch(&mut self, i: usize) -> Result<()> {
         let (bucket, filling) = (&self.partition.buckets()[i], &mut self.buckets[i]);
         filling.complete = 0;
-        let mut buffer = filling.buffer.take().unwrap_or_else(|| vec![0.0; bucket.padded]);
+        let mut buffer = match filling.buffer.take() {
+            Some(buffer) => buffer,
+            None => self.space.zeros(bucket.padded)?,
+        };
         // What nobody touched counts as zero, and so does the padding.
         let parameters = self.offsets.partition_point(|o| *o < bucket.range.start)
             ..self.offsets.partition_point(|o| *o < bucket.range.end);
@@ -178,22 +200,19 @@ impl Zero {
             if !std::mem::take(&mut self.touched[parameter]) {
                 let end = self.offsets.get(parameter + 1).copied().unwrap_or(self.len);
                 let own = self.offsets[parameter] - bucket.range.start..end - bucket.range.start;
-                buffer[own].fill(0.0);
+                self.space.clear(&mut buffer, own)?;
             }
         }
-        buffer[bucket.range.len()..].fill(0.0);
-        self.flying.push(match self.stage {
-            Stage::Zero => {
-                Flight::Whole(i, self.group.all_reduce_start::<f32, _>(buffer, ReduceOp::Sum))
-            }
-            _ => {
-                let part = buffer.len() / self.group.world_size();
-                let output = filling.piece.take().unwrap_or_else(|| vec![0.0; part]);
-                let pending =
-                    self.group.reduce_scatter_start::<f32, _, _>(buffer, output, ReduceOp::Sum);
-                Flight::Scattered(i, pending)
-            }
-        });
+        if bucket.range.len() < bucket.padded {
+            self.space.clear(&mut buffer, bucket.range.len()..bucket.padded)?;
+        }
+        let piece = match (self.stage, filling.piece.take()) {
+            (Stage::Zero, _) => None,
+            (_, Some(piece)) => Some(piece),
+            (_, None) => Some(self.space.zeros(bucket.padded / self.group.world_size())?),
+        };
+        self.flying.push((i, self.space.reduce_start(&self.group, buffer, piece)?));
+        Ok(())
     }
 
     /// Ends a microbatch (stage 2) or a step: sends what is left, a parameter that was not
@@ -205,22 +224,21 @@ impl Zero {
     pub fn finish(&mut self) -> Result<()> {
         // Ranks agree on the order: all buckets that some rank may not have sent, in flat order.
         for i in 0..self.buckets.len() {
-            if !self.flying.iter().any(|f| f.bucket() == i) {
-                self.launch(i);
+            if !self.flying.iter().any(|(bucket, _)| *bucket == i) {
+                self.launch(i)?;
             }
         }
-        for flight in std::mem::take(&mut self.flying) {
-            let (i, reduced) = match flight {
-                Flight::Whole(i, pending) => (i, pending.wait()?),
-                Flight::Scattered(i, pending) => {
-                    let (sent, reduced) = pending.wait()?;
+        for (i, flight) in std::mem::take(&mut self.flying) {
+            let reduced = match self.space.reduce_wait(flight)? {
+                (reduced, None) => reduced,
+                (sent, Some(reduced)) => {
                     self.buckets[i].buffer = Some(sent);
-                    (i, reduced)
+                    reduced
                 }
             };
             match &mut self.grads[i] {
                 Some(grad) => {
-                    grad.iter_mut().zip(&reduced).for_each(|(g, r)| *g += r);
+                    self.space.add(grad, &reduced)?;
                     self.buckets[i].keep(self.stage, reduced);
                 }
                 none => *none = Some(reduced),
@@ -231,12 +249,19 @@ impl Zero {
 
     /// Hands out this rank's pieces of the flat vector with their reduced gradients, in the order
     /// of [`Zero::shard_ranges`].
-    pub fn step(&mut self, mut update: impl FnMut(Range<usize>, &[f32])) {
-        for (range, grad) in self.shard_ranges().into_iter().zip(&mut self.grads) {
-            let grad = grad.get_or_insert_with(|| vec![0.0; range.len()]);
-            let own = ..range.len();
-            update(range, &grad[own]);
+    ///
+    /// # Errors
+    /// [`Error::Space`] when there is no room for the zeros of gradients that nobody gave.
+    pub fn step(&mut self, mut update: impl FnMut(Range<usize>, S::View<'_>)) -> Result<()> {
+        for (range, slot) in self.shard_ranges().into_iter().zip(&mut self.grads) {
+            let grad = match slot.take() {
+                Some(grad) => grad,
+                None => self.space.zeros(range.len())?,
+            };
+            let own = 0..range.len();
+            update(range, self.space.view(slot.insert(grad), own));
         }
+        Ok(())
     }
 
     /// Sets the gradients to zero: a new step begins.
@@ -273,9 +298,9 @@ impl Zero {
     }
 }
 
-impl Filling {
+impl<B> Filling<B> {
     /// Keeps a buffer that came back for the next time.
-    fn keep(&mut self, stage: Stage, buffer: Vec<f32>) {
+    fn keep(&mut self, stage: Stage, buffer: B) {
         match stage {
             Stage::Zero => self.buffer.get_or_insert(buffer),
             _ => self.piece.get_or_insert(buffer),
@@ -286,14 +311,6 @@ impl Filling {
 /// The zero of an element type.
 fn zero<T: Element>() -> T {
     bytemuck::Zeroable::zeroed()
-}
-
-impl Flight {
-    fn bucket(&self) -> usize {
-        match self {
-            Flight::Whole(i, _) | Flight::Scattered(i, _) => *i,
-        }
-    }
 }
 
 #[cfg(test)]
@@ -307,7 +324,7 @@ mod tests {
 
     fn grads(zero: &mut Zero) -> Vec<f32> {
         let mut all = vec![f32::NAN; 5];
-        zero.step(|range, grad| all[range].copy_from_slice(grad));
+        zero.step(|range, grad| all[range].copy_from_slice(grad)).expect("there is room");
         all
     }
 

@@ -120,7 +120,7 @@ fn gather(trainer: &Trainer, slot: &Slot, of: Part) -> Result<Vec<f32>> {
         if let Some((from, to)) = overlap(&state.range, &slot.range)
             && let Some(buffer) = of(state)
         {
-            local[to].copy_from_slice(&buffer.as_slice::<f32>()[from]);
+            buffer.view::<f32>().range(from).read(&mut local[to])?;
         }
     }
     let (param, mesh) = (&slot.param, trainer.model.scope().mesh());
@@ -229,7 +229,7 @@ pub fn load_checkpoint(trainer: &mut Trainer, folder: &Path) -> Result<()> {
             let parts = [(&mut piece.m, &m), (&mut piece.v, &v), (&mut piece.master, &master)];
             for (buffer, values) in parts {
                 if let (Some(buffer), Some(values)) = (buffer, values) {
-                    buffer.as_mut_slice::<f32>()[to.clone()].copy_from_slice(&values[from.clone()]);
+                    buffer.view_mut::<f32>().range(to.clone()).write(&values[from.clone()])?;
                 }
             }
         }

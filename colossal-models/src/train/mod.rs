@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod data;
+mod gradients;
 mod lr_schedule;
 mod optimizer;
 mod plan;

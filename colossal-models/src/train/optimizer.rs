@@ -3,7 +3,9 @@
 use std::ops::Range;
 
 use colossal_kernels as kernels;
+use colossal_tensor::kernels::{adamw, adamw_masters, cast, lion, other_rule};
 use colossal_tensor::storage::Buffer;
+use colossal_tensor::{Result, View, ViewMut};
 use serde::{Deserialize, Serialize};
 
 use super::LrSchedule;
@@ -186,20 +188,24 @@ pub(super) struct State {
 
 /// The same of a part of the piece, as slices; empty where there is none.
 pub(super) struct Elements<'a> {
-    m: &'a mut [f32],
-    v: &'a mut [f32],
+    m: ViewMut<'a, f32>,
+    v: ViewMut<'a, f32>,
     /// f32 masters; without them, parameters are f32 themselves.
-    master: Option<&'a mut [f32]>,
+    master: Option<ViewMut<'a, f32>>,
 }
 
 impl State {
     pub(super) fn of(&mut self, own: &Range<usize>) -> Elements<'_> {
-        fn part<'a>(buffer: &'a mut Option<Buffer>, own: &Range<usize>) -> Option<&'a mut [f32]> {
-            Some(&mut buffer.as_mut()?.as_mut_slice::<f32>()[own.clone()])
+        fn part<'a>(
+            buffer: &'a mut Option<Buffer>,
+            own: &Range<usize>,
+        ) -> Option<ViewMut<'a, f32>> {
+            Some(buffer.as_mut()?.view_mut().range(own.clone()))
         }
+        let none = || ViewMut::Cpu(&mut []);
         Elements {
-            m: part(&mut self.m, own).unwrap_or_default(),
-            v: part(&mut self.v, own).unwrap_or_default(),
+            m: part(&mut self.m, own).unwrap_or_else(none),
+            v: part(&mut self.v, own).unwrap_or_else(none),
             master: part(&mut self.master, own),
         }
     }
@@ -235,41 +241,51 @@ pub(super) struct Update {
 
 /// This rank's piece of one parameter.
 pub(super) struct Held<'a, T> {
-    pub(super) params: &'a mut [T],
-    pub(super) grads: &'a [f32],
+    pub(super) params: ViewMut<'a, T>,
+    pub(super) grads: View<'a, f32>,
     pub(super) state: Elements<'a>,
     pub(super) factored: Option<&'a mut Factored>,
 }
 
 impl Update {
     /// Updates a piece; `sum` adds up over all holders of the parameter.
-    pub(super) fn piece<T: kernels::Float>(&self, held: Held<'_, T>, sum: kernels::Sum<'_>) {
+    pub(super) fn piece<T: kernels::Float>(
+        &self,
+        held: Held<'_, T>,
+        sum: kernels::Sum<'_>,
+    ) -> Result<()> {
         let Held { params, grads, state: Elements { m, v, master }, factored } = held;
         let (lr, weight_decay, scale) = (self.lr, self.weight_decay, self.scale);
-        let (p, params) = match (self.rule, master) {
+        let (mut params_f32, params) = match (self.rule, master) {
             // Copies are written in the same pass.
             (Rule::AdamW { betas: (beta1, beta2), eps }, Some(master)) => {
                 let rule = kernels::AdamW { lr, beta1, beta2, eps, weight_decay };
-                return rule.step_masters(self.step, scale, master, params, grads, m, v);
+                return adamw_masters(&rule, self.step, scale, master, params, grads, m, v);
             }
             (_, Some(master)) => (master, Some(params)),
-            (_, None) => (bytemuck::cast_slice_mut(params), None),
+            (_, None) => (params.cast(), None),
         };
+        let all = params_f32.reborrow();
         match self.rule {
             Rule::AdamW { betas: (beta1, beta2), eps } => {
                 let rule = kernels::AdamW { lr, beta1, beta2, eps, weight_decay };
-                rule.step_grad_scale(self.step, p, grads, m, v, scale);
+                adamw(&rule, self.step, all, grads, m, v, scale)?;
             }
             Rule::Lion { betas: (beta1, beta2) } => {
-                kernels::Lion { lr, beta1, beta2, weight_decay }.step(p, grads, m, scale);
+                let rule = kernels::Lion { lr, beta1, beta2, weight_decay };
+                lion(&rule, all, grads, m, scale)?;
             }
             Rule::Lamb { betas: (beta1, beta2), eps } => {
                 let rule = kernels::Lamb { lr, beta1, beta2, eps, weight_decay };
-                rule.step(self.step, p, grads, m, v, scale, sum);
+                other_rule(all, grads, m, v, |p, grads, m, v| {
+                    rule.step(self.step, p, grads, m, v, scale, sum);
+                })?;
             }
             Rule::Lars { momentum, trust } => {
                 let rule = kernels::Lars { lr, momentum, trust, eps: 1e-8, weight_decay };
-                rule.step(p, grads, m, scale, sum);
+                other_rule(all, grads, m, v, |p, grads, m, _| {
+                    rule.step(p, grads, m, scale, sum);
+                })?;
             }
             Rule::Adafactor { decay_rate, scale_parameter } => {
                 let eps = (1e-30, 1e-3);
@@ -284,7 +300,9 @@ impl Update {
                 if let Some(Factored { piece, statistics }) = factored
                     && let [second] = &mut statistics[..]
                 {
-                    rule.step(self.step, piece, p, grads, second, scale, sum);
+                    other_rule(all, grads, m, v, |p, grads, _, _| {
+                        rule.step(self.step, piece, p, grads, second, scale, sum);
+                    })?;
                 }
             }
             Rule::Came { betas } => {
@@ -293,12 +311,15 @@ impl Update {
                 if let Some(Factored { piece, statistics }) = factored
                     && let [second, disagreement] = &mut statistics[..]
                 {
-                    rule.step(piece, p, grads, m, [second, disagreement], scale, sum);
+                    other_rule(all, grads, m, v, |p, grads, m, _| {
+                        rule.step(piece, p, grads, m, [second, disagreement], scale, sum);
+                    })?;
                 }
             }
         }
-        if let Some(params) = params {
-            kernels::cast(p, params);
+        match params {
+            Some(params) => cast(params_f32.as_view(), params),
+            None => Ok(()),
         }
     }
 }

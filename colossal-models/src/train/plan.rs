@@ -1,6 +1,6 @@
 //! How a model is trained: a value with public fields, from code or from TOML.
 
-use colossal_tensor::{Context, Dtype, Error, Mesh, Result, Role, Scope, Sharding};
+use colossal_tensor::{Context, Device, Dtype, Error, Mesh, Result, Role, Scope, Sharding};
 use colossal_zero::Stage;
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +15,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Plan {
+    /// Where tensors live: `cpu`, `cuda` (each rank of a machine on the GPU of its number, counted
+    /// round), `cuda:NUMBER`, or `auto`, which is `cuda` where there is a GPU.
+    pub device: String,
     /// Data parallelism: the batch is cut into so many parts.
     pub dp: usize,
     /// Tensor parallelism: heads, feed-forward width and vocabulary are cut into so many parts.
@@ -48,6 +51,7 @@ pub struct Plan {
 impl Default for Plan {
     fn default() -> Plan {
         Plan {
+            device: "auto".into(),
             dp: 1,
             tp: 1,
             tensor: TensorMode::default(),
@@ -191,7 +195,8 @@ impl Plan {
             )));
         }
         let mesh = Mesh::new(world, &self.axes()).map_err(|e| Error::Comm(e.to_string()))?;
-        Ok(Scope::new(mesh, self.sharding()))
+        let device = Device::named(&self.device, local_rank(world.rank()))?;
+        Ok(Scope::new(mesh, self.sharding()).on(&device))
     }
 
     /// The axes of its mesh: `dp` outermost, so that ranks of one `tp` group are neighbours.
@@ -356,4 +361,12 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// The number of this rank among those of its machine, as launchers say it.
+fn local_rank(rank: usize) -> usize {
+    ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"]
+        .iter()
+        .find_map(|name| std::env::var(name).ok()?.parse().ok())
+        .unwrap_or(rank)
 }

@@ -7,16 +7,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use colossal_kernels as kernels;
+use colossal_tensor::kernels::sum_of_squares;
 use colossal_tensor::moe::Balance;
 use colossal_tensor::random::Stream;
-use colossal_tensor::storage::{Buffer, memory_stats};
+use colossal_tensor::storage::{Buffer, memory_stats_of};
 use colossal_tensor::{
-    Accumulator, Dtype, Error, Flat, GradSink, Group, Param, ParamId, Placement, Result, Tensor,
+    Accumulator, Device, Dtype, Error, Flat, GradSink, Group, Param, ParamId, Placement, Result,
+    Tensor, View, ViewMut,
 };
 use colossal_zero::{Stage, Zero};
 use half::bf16;
 
 use super::data::Batch;
+use super::gradients::Gradients;
 use super::optimizer::{Factored, Held, State, Update};
 use super::report::{StepReport, gemm_peak};
 use super::{Optimizer, Plan};
@@ -34,7 +37,7 @@ pub struct Trainer {
     pub(super) flat: Arc<Flat>,
     pub(super) slots: Vec<Slot>,
     by_id: HashMap<ParamId, usize>,
-    zero: Zero,
+    zero: Zero<Gradients>,
     pub(super) states: Vec<State>,
     /// Of each slot, if the rule has any.
     pub(super) factored: Vec<Factored>,
@@ -115,11 +118,12 @@ impl Trainer {
             end = range.end;
             slots.push(Slot::new(param, range));
         }
-        let mut buffer = Buffer::new::<u8>(end * dtype.bytes());
+        let device = model.scope().device().clone();
+        let mut buffer = Buffer::on(&device, end * dtype.bytes())?;
         let mut masters = Vec::with_capacity(if dtype == Dtype::F32 { 0 } else { end });
         for slot in &slots {
             let bytes = slot.range.start * dtype.bytes()..slot.range.end * dtype.bytes();
-            buffer.as_mut_slice::<u8>()[bytes].copy_from_slice(slot.param.lease()?.bytes());
+            buffer.view_mut::<u8>().range(bytes).copy(slot.param.lease()?.view())?;
             if dtype != Dtype::F32 {
                 masters.extend(slot.param.to_vec()?);
             }
@@ -133,19 +137,26 @@ impl Trainer {
         let segments: Vec<(usize, usize)> =
             slots.iter().map(|s| (s.range.start, s.range.len())).collect();
         let bucket = plan.bucket_mib * (1 << 20) / size_of::<f32>();
-        let zero = Zero::new(plan.stage(), dp, end, bucket, &segments).map_err(zero_error)?;
+        let zero =
+            Zero::within(Gradients(device.clone()), plan.stage(), dp, end, bucket, &segments);
+        let zero = zero.map_err(zero_error)?;
         let rule = optimizer.rule;
-        let zeros = |wanted: bool, len| wanted.then(|| Buffer::zeros::<f32>(len));
-        let states: Vec<State> = zero
-            .shard_ranges()
-            .into_iter()
-            .map(|range| State {
-                m: zeros(rule.first_moment(), range.len()),
-                v: zeros(rule.second_moment(), range.len()),
-                master: (!masters.is_empty()).then(|| Buffer::from_slice(&masters[range.clone()])),
+        let zeros =
+            |wanted: bool, len| wanted.then(|| Buffer::zeros_on::<f32>(&device, len)).transpose();
+        let master = |range: &Range<usize>| {
+            let own =
+                |masters: &Vec<f32>| Buffer::copy_of(&device, View::Cpu(&masters[range.clone()]));
+            Some(&masters).filter(|m| !m.is_empty()).map(own).transpose()
+        };
+        let mut states = Vec::new();
+        for range in zero.shard_ranges() {
+            states.push(State {
+                m: zeros(rule.first_moment(), range.len())?,
+                v: zeros(rule.second_moment(), range.len())?,
+                master: master(&range)?,
                 range,
-            })
-            .collect();
+            });
+        }
         let factored = match rule.factored() {
             0 => vec![],
             _ => slots.iter().map(|slot| Factored::new(&rule, slot.piece(&states))).collect(),
@@ -288,7 +299,7 @@ impl Trainer {
             seconds,
             tokens_per_second: tokens as f64 / seconds,
             mfu: flops / seconds / (gemm_peak() * self.world.world_size() as f64),
-            peak_bytes: memory_stats().peak,
+            peak_bytes: memory_stats_of(self.model.scope().device()).peak,
             sent_bytes: self.world_bytes() - sent,
         })
     }
@@ -322,10 +333,10 @@ impl Trainer {
             self.zero.partition().buckets().iter().map(|b| b.range.clone()).collect();
         let mut pieces = buckets.iter().zip(&mut self.states);
         let (slots, factored, zero) = (&self.slots, &mut self.factored, &mut self.zero);
-        let dtype = self.plan.precision.dtype();
+        let (dtype, plan_dp) = (self.plan.precision.dtype(), self.plan.dp);
         self.flat.write(|flat| -> Result<()> {
-            let mut summed = Ok(());
-            zero.step(|range, grads| {
+            let (mut summed, mut updated) = (Ok(()), Ok(()));
+            let stepped = zero.step(|range, grads| {
                 let Some((bucket, state)) = pieces.next() else { return };
                 debug_assert_eq!(state.range, range);
                 let first = first_overlapping(slots, bucket);
@@ -338,7 +349,7 @@ impl Trainer {
                     let decay = if slot.decay { o.weight_decay } else { 0.0 };
                     let update = Update { weight_decay: decay, ..update };
                     let state = state.of(&own);
-                    let (grads, factored) = (&grads[own], factored.get_mut(first + i));
+                    let (grads, factored) = (grads.range(own), factored.get_mut(first + i));
                     let mut sum = |x: &mut [f64]| {
                         for axis in &slot.cut {
                             if summed.is_ok() {
@@ -348,21 +359,37 @@ impl Trainer {
                     };
                     match dtype {
                         Dtype::F32 => {
-                            let params = &mut flat.as_mut_slice::<f32>()[all];
-                            update.piece(Held { params, grads, state, factored }, &mut sum);
+                            let params = flat.view_mut::<f32>().range(all);
+                            let held = Held { params, grads, state, factored };
+                            updated = std::mem::replace(&mut updated, Ok(()))
+                                .and_then(|()| update.piece(held, &mut sum));
                         }
                         _ => {
-                            let params = &mut flat.as_mut_slice::<bf16>()[all];
-                            update.piece(Held { params, grads, state, factored }, &mut sum);
+                            let params = flat.view_mut::<bf16>().range(all);
+                            let held = Held { params, grads, state, factored };
+                            updated = std::mem::replace(&mut updated, Ok(()))
+                                .and_then(|()| update.piece(held, &mut sum));
                         }
                     }
                 }
             });
-            summed?;
+            stepped.map_err(zero_error)?;
+            summed.and(updated)?;
             zero.clear();
-            match dtype {
-                Dtype::F32 => zero.gather_params(flat.as_mut_slice::<f32>()),
-                _ => zero.gather_params(flat.as_mut_slice::<bf16>()),
+            let gathers = zero.stage() != Stage::Zero && plan_dp > 1;
+            match (dtype, flat.device()) {
+                (_, Device::Cuda(_)) if !gathers => Ok(()),
+                (Dtype::F32, Device::Cpu) => zero.gather_params(flat.as_mut_slice::<f32>()),
+                (_, Device::Cpu) => zero.gather_params(flat.as_mut_slice::<bf16>()),
+                (dtype, _) => {
+                    let mut copy = Buffer::copy_of::<u8>(&Device::Cpu, flat.view())?;
+                    match dtype {
+                        Dtype::F32 => zero.gather_params(copy.as_mut_slice::<f32>()),
+                        _ => zero.gather_params(copy.as_mut_slice::<bf16>()),
+                    }
+                    .map_err(zero_error)?;
+                    return flat.view_mut::<u8>().copy(copy.view());
+                }
             }
             .map_err(zero_error)
         })??;
@@ -373,14 +400,18 @@ impl Trainer {
     /// The norm of the whole gradient: each element counted once over all ranks.
     fn grad_norm(&mut self) -> Result<f32> {
         let slots = &self.slots;
-        let mut sum = 0.0f64;
-        self.zero.step(|range, grad| {
+        let mut sum: Result<f64> = Ok(0.0);
+        let looked = self.zero.step(|range, grad| {
             for slot in overlapping(slots, &range) {
                 let from = slot.range.start.max(range.start) - range.start;
                 let to = slot.range.end.min(range.end) - range.start;
-                sum += kernels::sum_of_squares(&grad[from..to]) / slot.copies;
+                sum = std::mem::replace(&mut sum, Ok(0.0)).and_then(|sum: f64| {
+                    Ok(sum + sum_of_squares(grad.range(from..to))? / slot.copies)
+                });
             }
         });
+        looked.map_err(zero_error)?;
+        let mut sum: f64 = sum?;
         // With stage 0 every dp rank holds the whole gradient.
         if self.plan.stage() == Stage::Zero {
             sum /= self.plan.dp as f64;
@@ -486,7 +517,7 @@ fn first_overlapping(slots: &[Slot], range: &Range<usize>) -> usize {
 struct Sink<'a> {
     trainer_slots: &'a [Slot],
     by_id: &'a HashMap<ParamId, usize>,
-    zero: &'a mut Zero,
+    zero: &'a mut Zero<Gradients>,
     stage: Stage,
     last: bool,
     /// Slots whose gradient is not complete yet.
@@ -526,11 +557,19 @@ impl GradSink for Sink<'_> {
 }
 
 /// The one gradient rule: what is partial is reduced. `dp` is ZeRO's, other axes are done here.
-fn send(slot: &Slot, zero: &mut Zero) -> Result<()> {
+fn send(slot: &Slot, zero: &mut Zero<Gradients>) -> Result<()> {
     for axis in &slot.pending {
         let group = slot.param.scope().mesh().group(axis).map_err(comm)?;
         let (grad, _) = zero.gradient(slot.range.start, slot.range.len()).map_err(zero_error)?;
-        group.all_reduce(grad, colossal_comm::ReduceOp::Sum).map_err(comm)?;
+        let sum = colossal_comm::ReduceOp::Sum;
+        match grad {
+            ViewMut::Cpu(grad) => group.all_reduce(grad, sum).map_err(comm)?,
+            elsewhere => {
+                let mut copy = Buffer::copy_of(&Device::Cpu, elsewhere.as_view())?;
+                group.all_reduce(copy.as_mut_slice::<f32>(), sum).map_err(comm)?;
+                elsewhere.copy(copy.view())?;
+            }
+        }
     }
     zero.complete(slot.range.start).map_err(zero_error)
 }

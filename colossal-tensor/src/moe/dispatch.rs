@@ -10,7 +10,7 @@ use super::Routing;
 use crate::autograd::{pretended, record};
 use crate::dtype::{Element, float};
 use crate::error::{Error, Result, comm};
-use crate::ops::produce;
+use crate::ops::produce_on_host;
 use crate::placement::Placement::{self, Invariant, Partial, Replicate, Shard};
 use crate::propagate::propagate;
 use crate::storage::Buffer;
@@ -33,7 +33,7 @@ impl Tensor {
             return Err(Error::shape("dispatch", self.shape(), &right, "tokens that were routed"));
         }
         journey.pretend_to_send("dispatch", self.scope(), width * self.dtype().bytes());
-        let y = produce(self.scope(), &shape, self.dtype(), layout, |y| {
+        let y = produce_on_host(self.scope(), &shape, self.dtype(), layout, |y| {
             float!("dispatch", self.dtype(), T => {
                 let x = self.read::<T>()?;
                 journey.there(width, y.as_mut_slice::<T>(), |rows| {
@@ -44,7 +44,7 @@ impl Tensor {
         let (shape, layout, journey) =
             (self.shape().to_vec(), self.layout().dual(), journey.clone());
         Ok(record("dispatch", y, &[self], move |dy, back| {
-            let dx = produce(dy.scope(), &shape, dy.dtype(), layout, |dx| {
+            let dx = produce_on_host(dy.scope(), &shape, dy.dtype(), layout, |dx| {
                 float!("dispatch", dy.dtype(), T => {
                     let dy = dy.read::<T>()?;
                     let rows = journey.back(dy.as_slice::<T>(), width)?;
@@ -84,7 +84,7 @@ impl Tensor {
         let (y, came) = float!("combine", dtype, T => {
             let rows = self.read::<T>()?;
             let rows = journey.back(rows.as_slice::<T>(), width)?;
-            let y = produce(&scope, &shape, dtype, layout, |y| {
+            let y = produce_on_host(&scope, &shape, dtype, layout, |y| {
                 kernels::combine_rows(&journey.places, &w, k, &rows, width, y.as_mut_slice::<T>());
                 Ok(())
             })?;
@@ -100,7 +100,7 @@ impl Tensor {
         let journey = journey.clone();
         Ok(record("combine", y, &[self, weights], move |dy, back| {
             let mut dw = vec![0.0f32; w.len()];
-            let dx = produce(&scope, &row_shape, dtype, row_layout, |dx| {
+            let dx = produce_on_host(&scope, &row_shape, dtype, row_layout, |dx| {
                 float!("combine", dtype, T => {
                     let dy = dy.read::<T>()?;
                     let stayed = stayed.as_ref().map(|x| x.read::<T>()).transpose()?;

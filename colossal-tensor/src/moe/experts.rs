@@ -8,7 +8,7 @@ use super::Journey;
 use crate::autograd::{Weight, record};
 use crate::dtype::float;
 use crate::error::{Error, Result};
-use crate::ops::{produce, same_dtype};
+use crate::ops::{produce_on_host, same_dtype};
 use crate::placement::Placement::{Invariant, Partial, Replicate, Shard};
 use crate::propagate::propagate;
 use crate::tensor::Tensor;
@@ -34,7 +34,7 @@ impl Tensor {
             (Invariant, Invariant) => Some(Invariant),
             _ => None,
         })?;
-        let y = produce(self.scope(), &[rows, n], self.dtype(), layout, |y| {
+        let y = produce_on_host(self.scope(), &[rows, n], self.dtype(), layout, |y| {
             float!(op, self.dtype(), T => {
                 let (x, w) = (self.read::<T>()?, weight.read::<T>()?);
                 let (x, w, y) = (x.as_slice::<T>(), w.as_slice::<T>(), y.as_mut_slice::<T>());
@@ -51,27 +51,28 @@ impl Tensor {
             (self.detach(), weight.detach(), Weight::like(weight), journey.clone());
         Ok(record(op, y, &[self, weight], move |dy, back| {
             if back.wants(0) {
-                let dx = produce(x.scope(), x.shape(), x.dtype(), x.layout().dual(), |dx| {
-                    float!(op, dy.dtype(), T => {
-                        let (dy, w) = (dy.read::<T>()?, w.read::<T>()?);
-                        let (dy, w) = (dy.as_slice::<T>(), w.as_slice::<T>());
-                        let dx = dx.as_mut_slice::<T>();
-                        let products = journey.products(|e, at, m| Product {
-                            a: Mat::new(&dy[at * n..][..m * n], m, n),
-                            b: Mat::new(&w[e * n * k..][..n * k], n, k),
-                            at: at * k,
-                        });
-                        kernels::gemm_grouped(&products, dx, &Epilogue::default());
-                        Ok(())
-                    })
-                })?;
+                let dx =
+                    produce_on_host(x.scope(), x.shape(), x.dtype(), x.layout().dual(), |dx| {
+                        float!(op, dy.dtype(), T => {
+                            let (dy, w) = (dy.read::<T>()?, w.read::<T>()?);
+                            let (dy, w) = (dy.as_slice::<T>(), w.as_slice::<T>());
+                            let dx = dx.as_mut_slice::<T>();
+                            let products = journey.products(|e, at, m| Product {
+                                a: Mat::new(&dy[at * n..][..m * n], m, n),
+                                b: Mat::new(&w[e * n * k..][..n * k], n, k),
+                                at: at * k,
+                            });
+                            kernels::gemm_grouped(&products, dx, &Epilogue::default());
+                            Ok(())
+                        })
+                    })?;
                 back.give(0, dx)?;
             }
             back.weight_fresh(1, &like, move |dw| {
-                float!(op, dy.dtype(), T => {
+                dw.on_host(|dw, fresh| float!(op, dy.dtype(), T => {
                     let (dy, x) = (dy.read::<T>()?, x.read::<T>()?);
                     let (dy, x) = (dy.as_slice::<T>(), x.as_slice::<T>());
-                    let (dw, accumulate) = (dw.sum, !dw.fresh);
+                    let accumulate = !fresh;
                     if !accumulate {
                         let idle = journey.starts.windows(2).zip(dw.chunks_mut(n * k));
                         idle.filter(|(ends, _)| ends[0] == ends[1]).for_each(|(_, dw)| dw.fill(0.0));
@@ -83,7 +84,7 @@ impl Tensor {
                     });
                     kernels::gemm_grouped(&products, dw, &Epilogue { accumulate, ..Epilogue::default() });
                     Ok(())
-                })
+                }))
             })
         }))
     }

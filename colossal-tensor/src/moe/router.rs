@@ -6,7 +6,7 @@ use super::Watch;
 use crate::autograd::{pretended, record};
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result};
-use crate::ops::produce;
+use crate::ops::produce_on_host;
 use crate::placement::Placement::Shard;
 use crate::propagate::propagate;
 use crate::tensor::Tensor;
@@ -221,7 +221,7 @@ impl Tensor {
             let layout = layout.dual();
             back.give(
                 0,
-                produce(&scope, &shape, dtype, layout, |dx| {
+                produce_on_host(&scope, &shape, dtype, layout, |dx| {
                     float!("route", dtype, T => {
                         kernels::cast(&grad, dx.as_mut_slice::<T>());
                         Ok(())

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use colossal_kernels as kernels;
 use colossal_kernels::AttentionShape;
 
 use super::{produce, same_dtype};
 use crate::autograd::record;
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::placement::{Context, Placement};
 use crate::propagate::{self, propagate};
 use crate::storage::Buffer;
@@ -100,43 +100,41 @@ impl Tensor {
         }
         let mask = &mask;
         let sizes = [batch, q_len, kv_len, heads, kv_heads, head_dim];
-        let mut lse =
-            Buffer::new::<f32>(if self.scope().is_fake() { 0 } else { batch * heads * q_len });
+        let mut lse = self.scope().room::<f32>(batch * heads * q_len)?;
         let out = produce(self.scope(), self.shape(), self.dtype(), layout, |out| {
             float!("attention", self.dtype(), T => {
-                let (q, k, v) = (self.read::<T>()?, k.read::<T>()?, v.read::<T>()?);
+                let (q, k, v) = (self.lend::<T>()?, k.lend::<T>()?, v.lend::<T>()?);
                 kernels::flash_attention(
                     &shape(sizes, mask),
-                    q.as_slice::<T>(),
-                    k.as_slice::<T>(),
-                    v.as_slice::<T>(),
-                    out.as_mut_slice::<T>(),
-                    lse.as_mut_slice(),
-                );
-                Ok(())
+                    q.view::<T>(),
+                    k.view::<T>(),
+                    v.view::<T>(),
+                    out.view_mut::<T>(),
+                    lse.view_mut(),
+                )
             })
         })?;
         let (q, k_saved, v_saved) = (self.detach(), k.detach(), v.detach());
         let (saved, mask) = (out.clone(), mask.clone());
         Ok(record("attention", out, &[self, k, v], move |dout, back| {
             let (scope, dtype, layout) = (dout.scope().clone(), dout.dtype(), dout.layout());
-            let mut dk = Buffer::with_bytes(k_saved.len() * dtype.bytes());
-            let mut dv = Buffer::with_bytes(v_saved.len() * dtype.bytes());
+            let room = |like: &Tensor| Buffer::on(scope.device(), like.len() * dtype.bytes());
+            let mut dk = room(&k_saved)?;
+            let mut dv = room(&v_saved)?;
             let dq = produce(&scope, q.shape(), dtype, layout, |dq| {
                 float!("attention", dtype, T => {
                     kernels::flash_attention_backward(
                         &shape(sizes, &mask),
-                        q.read::<T>()?.as_slice::<T>(),
-                        k_saved.read::<T>()?.as_slice::<T>(),
-                        v_saved.read::<T>()?.as_slice::<T>(),
-                        saved.read::<T>()?.as_slice::<T>(),
-                        lse.as_slice(),
-                        dout.read::<T>()?.as_slice::<T>(),
-                        dq.as_mut_slice::<T>(),
-                        dk.as_mut_slice::<T>(),
-                        dv.as_mut_slice::<T>(),
-                    );
-                    Ok(())
+                        q.lend::<T>()?.view::<T>(),
+                        k_saved.lend::<T>()?.view::<T>(),
+                        v_saved.lend::<T>()?.view::<T>(),
+                        saved.lend::<T>()?.view::<T>(),
+                        lse.view(),
+                        dout.lend::<T>()?.view::<T>(),
+                        dq.view_mut::<T>(),
+                        dk.view_mut::<T>(),
+                        dv.view_mut::<T>(),
+                    )
                 })
             })?;
             back.give(2, Tensor::wrap(&scope, dv, v_saved.shape(), dtype, layout))?;
@@ -226,20 +224,24 @@ impl KvCache {
     }
 
     /// Keeps only the sequences at `rows`, in that order: finished ones leave the batch.
-    pub fn keep(&mut self, rows: &[usize]) {
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] when a GPU cannot copy them.
+    pub fn keep(&mut self, rows: &[usize]) -> Result<()> {
         let batch = self.lengths.len();
         for (k, v) in self.layers.iter_mut().flatten() {
             for buffer in [k, v] {
                 let row = buffer.bytes() / batch.max(1);
-                let mut kept = Buffer::with_bytes(row * rows.len());
-                let to = kept.as_mut_slice::<u8>().chunks_mut(row.max(1));
-                for (to, from) in to.zip(rows) {
-                    to.copy_from_slice(&buffer.as_slice::<u8>()[from * row..(from + 1) * row]);
+                let mut kept = Buffer::on(&buffer.device(), row * rows.len())?;
+                for (to, from) in rows.iter().enumerate() {
+                    let from = buffer.view::<u8>().range(from * row..(from + 1) * row);
+                    kept.view_mut().range(to * row..(to + 1) * row).copy(from)?;
                 }
                 *buffer = kept;
             }
         }
         self.lengths = rows.iter().map(|r| self.lengths[*r]).collect();
+        Ok(())
     }
 
     /// Adds the first `added[b]` of the new tokens of each sequence to `layer`, and attends from
@@ -282,16 +284,19 @@ impl KvCache {
         let stride = self.capacity * row;
         produce(q.scope(), q.shape(), q.dtype(), layout, |out| {
             float!("kv_cache", q.dtype(), T => {
-                let (kc, vc) = slot.get_or_insert_with(|| {
-                    (Buffer::zeros::<T>(batch * stride), Buffer::zeros::<T>(batch * stride))
-                });
+                if slot.is_none() {
+                    let room = || Buffer::zeros_on::<T>(q.scope().device(), batch * stride);
+                    *slot = Some((room()?, room()?));
+                }
+                let Some((kc, vc)) = slot else { unreachable!("made above") };
                 for (cache, new) in [(&mut *kc, k), (&mut *vc, v)] {
-                    let (cache, new) = (cache.as_mut_slice::<T>(), new.read::<T>()?);
+                    let new = new.lend::<T>()?;
                     for (b, added) in added.iter().enumerate() {
                         let to = b * stride + self.lengths[b] as usize * row;
                         let from = b * q_len * row;
                         let len = *added as usize * row;
-                        cache[to..to + len].copy_from_slice(&new.as_slice::<T>()[from..from + len]);
+                        let from = new.view::<T>().range(from..from + len);
+                        cache.view_mut().range(to..to + len).copy(from)?;
                     }
                 }
                 let shape = AttentionShape {
@@ -302,16 +307,15 @@ impl KvCache {
                     kv_batch_stride: stride,
                     ..AttentionShape::new(batch, q_len, longest, heads, kv_heads, head_dim)
                 };
-                let mut lse = Buffer::new::<f32>(batch * heads * q_len);
+                let mut lse = q.scope().room::<f32>(batch * heads * q_len)?;
                 kernels::flash_attention(
                     &shape,
-                    q.read::<T>()?.as_slice::<T>(),
-                    kc.as_slice::<T>(),
-                    vc.as_slice::<T>(),
-                    out.as_mut_slice::<T>(),
-                    lse.as_mut_slice(),
-                );
-                Ok(())
+                    q.lend::<T>()?.view::<T>(),
+                    kc.view::<T>(),
+                    vc.view::<T>(),
+                    out.view_mut::<T>(),
+                    lse.view_mut(),
+                )
             })
         })
     }

@@ -9,7 +9,7 @@ use colossal_comm::{Group, ReduceOp};
 use colossal_kernels as kernels;
 
 use super::index::token_ids;
-use super::produce;
+use super::produce_on_host;
 use crate::autograd::{Weight, pretended, record};
 use crate::dtype::float;
 use crate::error::{Result, comm};
@@ -53,7 +53,7 @@ pub(crate) fn embedding(
     let first = table.origin()[0] as i32;
     all.iter_mut().for_each(|id| *id -= first);
     let step = all.len() / outer.world_size();
-    let y = produce(&scope, shape, dtype, layout, |y| {
+    let y = produce_on_host(&scope, shape, dtype, layout, |y| {
         float!("embedding", dtype, T => {
             let table = table.read::<T>()?;
             let mut part = Buffer::new::<T>(step * dim);
@@ -78,7 +78,7 @@ pub(crate) fn embedding(
     })?;
     let like = Weight::like(table);
     Ok(record("embedding", y, &[table], move |dy, back| {
-        back.weight(0, &like, move |acc| {
+        back.weight_on_host(0, &like, move |acc| {
             float!("embedding", dy.dtype(), T => {
                 let own = dy.read::<T>()?;
                 let own = own.as_slice::<T>();

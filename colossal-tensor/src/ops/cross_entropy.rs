@@ -5,17 +5,19 @@
 //! pass turns the logits into their gradient in place.
 
 use colossal_comm::ReduceOp;
-use colossal_kernels as kernels;
+use colossal_kernels::ELSEWHERE;
 
 use super::padding::is_padding;
 use super::produce;
 use crate::autograd::{Edge, is_grad_enabled, pretended, record_edges};
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result, comm};
+use crate::kernels;
 use crate::placement::Placement;
 use crate::propagate::propagate;
 use crate::storage::Buffer;
 use crate::tensor::Tensor;
+use crate::view::View;
 
 /// Targets with this value have no loss (PyTorch's convention).
 pub const IGNORE: i32 = -100;
@@ -80,21 +82,26 @@ impl Tensor {
         {
             return Err(outside(*bad, &format!("0..{global}")));
         }
-        let mut loss = Buffer::new::<f32>(rows);
-        let mut lse = Buffer::new::<f32>(rows);
+        let device = scope.device();
+        let mut loss = scope.room::<f32>(rows)?;
+        let mut lse = scope.room::<f32>(rows)?;
+        let mut own = Buffer::copy_of(device, View::Cpu(targets.as_slice()))?;
         float!("cross_entropy", self.dtype(), T => {
-            let logits = self.read::<T>()?;
-            let logits = logits.as_slice::<T>();
             match sharded[..] {
                 [] => {
-                    let (loss, lse) = (loss.as_mut_slice(), lse.as_mut_slice());
-                    kernels::cross_entropy(logits, &targets, vocab, IGNORE, loss, lse);
+                    let logits = self.lend::<T>()?;
+                    let (logits, targets) = (logits.view::<T>(), own.view());
+                    let (loss, lse) = (loss.view_mut(), lse.view_mut());
+                    kernels::cross_entropy(logits, targets, vocab, IGNORE, loss, lse)?;
                 }
                 [axis] => {
+                    let logits = self.read::<T>()?;
+                    let logits = logits.as_slice::<T>();
+                    let [mut host_loss, mut host_lse] = [0; 2].map(|_| Buffer::new::<f32>(rows));
                     let group = scope.mesh().group(&scope.axis(axis).0).map_err(comm)?;
-                    let max = loss.as_mut_slice::<f32>();
-                    let sum = lse.as_mut_slice::<f32>();
-                    kernels::logits_stats(logits, vocab, max, sum);
+                    let max = host_loss.as_mut_slice::<f32>();
+                    let sum = host_lse.as_mut_slice::<f32>();
+                    colossal_kernels::logits_stats(logits, vocab, max, sum);
                     let local_max = max.to_vec();
                     group.all_reduce(max, ReduceOp::Max).map_err(comm)?;
                     // Sum of exponentials, then the target's logit, in one message.
@@ -123,8 +130,10 @@ impl Tensor {
                     // A target on another rank: softmax only, no one-hot term here.
                     for t in targets.iter_mut().filter(|t| **t != IGNORE) {
                         let local = *t - first;
-                        *t = if (0..vocab as i32).contains(&local) { local } else { kernels::ELSEWHERE };
+                        *t = if (0..vocab as i32).contains(&local) { local } else { ELSEWHERE };
                     }
+                    own.view_mut().write(&targets)?;
+                    (loss, lse) = (host_loss.to(device)?, host_lse.to(device)?);
                 }
                 _ => {
                     return Err(Error::Other(
@@ -153,14 +162,13 @@ impl Tensor {
             let mut grad = saved.into_buffer()?;
             float!("cross_entropy", dtype, T => {
                 kernels::cross_entropy_backward(
-                    dloss.read::<f32>()?.as_slice::<f32>(),
-                    &targets,
+                    dloss.lend::<f32>()?.view::<f32>(),
+                    own.view(),
                     vocab,
                     IGNORE,
-                    lse.as_slice(),
-                    grad.as_mut_slice::<T>(),
-                );
-                Ok(())
+                    lse.view(),
+                    grad.view_mut::<T>(),
+                )
             })?;
             back.give(0, Tensor::wrap(&scope, grad, &shape, dtype, grad_layout))
         }))

@@ -4,7 +4,7 @@
 //! element of a sequence is known by its row, its token and its place in the token's width, so
 //! neither padding behind a sequence nor the order in which zigzag holds tokens changes its fate.
 
-use super::produce;
+use super::produce_on_host;
 use crate::autograd::record;
 use crate::dtype::float;
 use crate::error::{Error, Result};
@@ -59,7 +59,7 @@ fn mask(
     }
     let order = order.map(|_| scope.token_order(global[1])).transpose()?;
     let width = x.last_dim();
-    produce(scope, x.shape(), x.dtype(), layout, |y| {
+    produce_on_host(scope, x.shape(), x.dtype(), layout, |y| {
         float!("dropout", x.dtype(), T => {
             use colossal_kernels::Float;
             let values = x.read::<T>()?;

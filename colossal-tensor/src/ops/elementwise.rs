@@ -1,12 +1,12 @@
 //! Elementwise arithmetic and activations. Shapes are equal; there is no broadcasting.
 
-use colossal_kernels as kernels;
-
 use super::{produce, same_dtype, same_shape};
 use crate::autograd::record;
 use crate::dtype::{Dtype, float};
 use crate::error::Result;
+use crate::kernels;
 use crate::propagate::{self, propagate};
+use crate::storage::Buffer;
 use crate::tensor::Tensor;
 
 /// `y = f(x)` and `dx = f'(x) dy`, by kernels of that name.
@@ -18,18 +18,16 @@ macro_rules! activation {
             let layout = propagate(op, &[self], propagate::elementwise)?;
             let y = produce(self.scope(), self.shape(), self.dtype(), layout, |y| {
                 float!(op, self.dtype(), T => {
-                    kernels::$name(self.read::<T>()?.as_slice::<T>(), y.as_mut_slice::<T>());
-                    Ok(())
+                    kernels::$name(self.lend::<T>()?.view::<T>(), y.view_mut::<T>())
                 })
             })?;
             let x = self.detach();
             Ok(record(op, y, &[self], move |dy, back| {
                 let dx = produce(x.scope(), x.shape(), x.dtype(), dy.layout(), |dx| {
                     float!(op, x.dtype(), T => {
-                        let (dy, x) = (dy.read::<T>()?, x.read::<T>()?);
-                        let (dy, x) = (dy.as_slice::<T>(), x.as_slice::<T>());
-                        kernels::$backward(dy, x, dx.as_mut_slice::<T>());
-                        Ok(())
+                        let (dy, x) = (dy.lend::<T>()?, x.lend::<T>()?);
+                        let (dy, x) = (dy.view::<T>(), x.view::<T>());
+                        kernels::$backward(dy, x, dx.view_mut::<T>())
                     })
                 })?;
                 back.give(0, dx)
@@ -77,8 +75,7 @@ impl Tensor {
     pub fn scale(&self, factor: f32) -> Result<Tensor> {
         let y = produce(self.scope(), self.shape(), self.dtype(), self.layout(), |y| {
             float!("scale", self.dtype(), T => {
-                kernels::scale(self.read::<T>()?.as_slice::<T>(), factor, y.as_mut_slice::<T>());
-                Ok(())
+                kernels::scale(self.lend::<T>()?.view::<T>(), factor, y.view_mut::<T>())
             })
         })?;
         Ok(record("scale", y, &[self], move |dy, back| back.give(0, dy.scale(factor)?)))
@@ -108,24 +105,23 @@ impl Tensor {
         let layout = propagate("swiglu", &[self, up], propagate::elementwise)?;
         let y = produce(self.scope(), self.shape(), self.dtype(), layout, |y| {
             float!("swiglu", self.dtype(), T => {
-                let (gate, up) = (self.read::<T>()?, up.read::<T>()?);
-                kernels::swiglu(gate.as_slice::<T>(), up.as_slice::<T>(), y.as_mut_slice::<T>());
-                Ok(())
+                let (gate, up) = (self.lend::<T>()?, up.lend::<T>()?);
+                kernels::swiglu(gate.view::<T>(), up.view::<T>(), y.view_mut::<T>())
             })
         })?;
         let (gate, up_saved) = (self.detach(), up.detach());
         Ok(record("swiglu", y, &[self, up], move |dy, back| {
-            let mut dup = crate::storage::Buffer::with_bytes(dy.len() * dy.dtype().bytes());
+            let bytes = dy.len() * dy.dtype().bytes();
+            let mut dup = Buffer::on(dy.scope().device(), bytes)?;
             let dgate = produce(dy.scope(), dy.shape(), dy.dtype(), dy.layout(), |dgate| {
                 float!("swiglu", dy.dtype(), T => {
                     kernels::swiglu_backward(
-                        dy.read::<T>()?.as_slice::<T>(),
-                        gate.read::<T>()?.as_slice::<T>(),
-                        up_saved.read::<T>()?.as_slice::<T>(),
-                        dgate.as_mut_slice::<T>(),
-                        dup.as_mut_slice::<T>(),
-                    );
-                    Ok(())
+                        dy.lend::<T>()?.view::<T>(),
+                        gate.lend::<T>()?.view::<T>(),
+                        up_saved.lend::<T>()?.view::<T>(),
+                        dgate.view_mut::<T>(),
+                        dup.view_mut::<T>(),
+                    )
                 })
             })?;
             back.give(1, Tensor::wrap(dy.scope(), dup, dy.shape(), dy.dtype(), dy.layout()))?;
@@ -141,10 +137,9 @@ impl Tensor {
         }
         let y = produce(self.scope(), self.shape(), dtype, self.layout(), |y| {
             float!("to_dtype", from, A => {
-                let x = self.read::<A>()?;
+                let x = self.lend::<A>()?;
                 float!("to_dtype", dtype, B => {
-                    kernels::cast(x.as_slice::<A>(), y.as_mut_slice::<B>());
-                    Ok(())
+                    kernels::cast(x.view::<A>(), y.view_mut::<B>())
                 })
             })
         })?;
@@ -169,10 +164,9 @@ impl Tensor {
     ) -> Result<Tensor> {
         produce(self.scope(), self.shape(), self.dtype(), layout, |y| {
             float!("add", self.dtype(), T => {
-                let (a, b) = (self.read::<T>()?, other.read::<T>()?);
-                let (a, b, y) = (a.as_slice::<T>(), b.as_slice::<T>(), y.as_mut_slice::<T>());
+                let (a, b) = (self.lend::<T>()?, other.lend::<T>()?);
+                let (a, b, y) = (a.view::<T>(), b.view::<T>(), y.view_mut::<T>());
                 if sum { kernels::add(a, b, y) } else { kernels::mul(a, b, y) }
-                Ok(())
             })
         })
     }
@@ -189,8 +183,7 @@ impl Tensor {
             },
         };
         float!("add", dtype, T => {
-            kernels::add_assign(other.read::<T>()?.as_slice::<T>(), buffer.as_mut_slice::<T>());
-            Ok(())
+            kernels::add_assign(other.lend::<T>()?.view::<T>(), buffer.view_mut::<T>())
         })?;
         Ok(Tensor::wrap(&scope, buffer, &shape, dtype, layout))
     }

@@ -3,7 +3,7 @@
 //! Losses of reinforcement learning are short arithmetic over a few numbers per token. They are
 //! written as plain functions on slices, tested alone, and enter the graph here.
 
-use super::produce;
+use super::produce_on_host;
 use crate::autograd::record;
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result};
@@ -30,7 +30,7 @@ impl Tensor {
         let layout = propagate("external", &operands, |p| {
             propagate::elementwise(p).and_then(|q| propagate::sum(&[q]))
         })?;
-        let y = produce(first.scope(), &[], Dtype::F32, layout, |y| {
+        let y = produce_on_host(first.scope(), &[], Dtype::F32, layout, |y| {
             y.as_mut_slice::<f32>()[0] = value;
             Ok(())
         })?;
@@ -38,14 +38,20 @@ impl Tensor {
         Ok(record("external", y, &operands, move |dy, back| {
             let dy = dy.item()?;
             for (i, (x, grad)) in saved.into_iter().enumerate() {
-                let dx = produce(x.scope(), x.shape(), x.dtype(), x.layout().dual(), |dx| {
-                    float!("external", x.dtype(), T => {
-                        use colossal_kernels::Float;
-                        let out = dx.as_mut_slice::<T>();
-                        out.iter_mut().zip(&grad).for_each(|(o, g)| *o = <T as Float>::from_f32(g * dy));
-                        Ok(())
-                    })
-                })?;
+                let dx = produce_on_host(
+                    x.scope(),
+                    x.shape(),
+                    x.dtype(),
+                    x.layout().dual(),
+                    |dx| {
+                        float!("external", x.dtype(), T => {
+                            use colossal_kernels::Float;
+                            let out = dx.as_mut_slice::<T>();
+                            out.iter_mut().zip(&grad).for_each(|(o, g)| *o = <T as Float>::from_f32(g * dy));
+                            Ok(())
+                        })
+                    },
+                )?;
                 back.give(i, dx)?;
             }
             Ok(())

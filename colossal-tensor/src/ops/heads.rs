@@ -1,6 +1,6 @@
 //! Key/value heads chosen or repeated to fit the query heads that a rank holds.
 
-use super::produce;
+use super::produce_on_host;
 use crate::autograd::record;
 use crate::dtype::{any, float};
 use crate::error::Result;
@@ -19,7 +19,7 @@ impl Tensor {
         let (row, dim) = (full[2] * full[3], full[3]);
         let shape = [full[0], full[1], range.len(), dim];
         let inside = range.start * dim..range.end * dim;
-        let y = produce(self.scope(), &shape, self.dtype(), layout, |y| {
+        let y = produce_on_host(self.scope(), &shape, self.dtype(), layout, |y| {
             any!(self.dtype(), T => {
                 let x = self.read::<T>()?;
                 let rows = x.as_slice::<T>().chunks(row);
@@ -31,7 +31,7 @@ impl Tensor {
         })?;
         let back_layout = self.layout().dual();
         Ok(record("take_heads", y, &[self], move |dy, back| {
-            let dx = produce(dy.scope(), &full, dy.dtype(), back_layout, |dx| {
+            let dx = produce_on_host(dy.scope(), &full, dy.dtype(), back_layout, |dx| {
                 any!(dy.dtype(), T => {
                     let dx = dx.as_mut_slice::<T>();
                     dx.fill(bytemuck::Zeroable::zeroed());
@@ -55,7 +55,7 @@ impl Tensor {
         let full = self.shape().to_vec();
         let dim = full[3];
         let shape = [full[0], full[1], full[2] * times, dim];
-        let y = produce(self.scope(), &shape, self.dtype(), self.layout(), |y| {
+        let y = produce_on_host(self.scope(), &shape, self.dtype(), self.layout(), |y| {
             any!(self.dtype(), T => {
                 let x = self.read::<T>()?;
                 let copies = y.as_mut_slice::<T>().chunks_mut(times * dim);
@@ -66,7 +66,7 @@ impl Tensor {
             })
         })?;
         Ok(record("repeat_heads", y, &[self], move |dy, back| {
-            let dx = produce(dy.scope(), &full, dy.dtype(), dy.layout(), |dx| {
+            let dx = produce_on_host(dy.scope(), &full, dy.dtype(), dy.layout(), |dx| {
                 float!("repeat_heads", dy.dtype(), T => {
                     use colossal_kernels::Float;
                     let dy = dy.read::<T>()?;

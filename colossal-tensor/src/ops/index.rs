@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use colossal_kernels as kernels;
-
-use super::produce;
+use super::{produce, produce_on_host};
 use crate::autograd::{Weight, record};
 use crate::dtype::{Dtype, any, float};
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::placement::Placement::{self, Shard};
 use crate::propagate::{self, propagate};
 use crate::tensor::Tensor;
+use crate::view::View;
 
 /// The ids of an `i32` tensor, checked to lie in `0..limit`.
 pub(crate) fn token_ids(ids: &Tensor, limit: usize) -> Result<Vec<i32>> {
@@ -56,9 +56,8 @@ impl Tensor {
         };
         let y = produce(table.scope(), &shape, table.dtype(), layout, |y| {
             float!("embedding", table.dtype(), T => {
-                let table = table.read::<T>()?;
-                kernels::embedding(&local, table.as_slice::<T>(), dim, y.as_mut_slice::<T>());
-                Ok(())
+                let table = table.lend::<T>()?;
+                kernels::embedding(View::Cpu(&local), table.view::<T>(), dim, y.view_mut::<T>())
             })
         })?;
         let like = Weight::like(table);
@@ -66,8 +65,7 @@ impl Tensor {
         Ok(record("embedding", y, &[table], move |dy, back| {
             back.weight(0, &like, move |acc| {
                 float!("embedding", dy.dtype(), T => {
-                    kernels::embedding_backward(&local, dy.read::<T>()?.as_slice::<T>(), dim, acc);
-                    Ok(())
+                    kernels::embedding_backward(View::Cpu(&local), dy.lend::<T>()?.view::<T>(), dim, acc)
                 })
             })
         }))
@@ -92,7 +90,7 @@ impl Tensor {
             Placement::Shard(2) => Some(Placement::Shard(1)),
             other => Some(other),
         })?;
-        let y = produce(self.scope(), &[batch, dim], self.dtype(), layout, |y| {
+        let y = produce_on_host(self.scope(), &[batch, dim], self.dtype(), layout, |y| {
             any!(self.dtype(), T => {
                 let x = self.read::<T>()?;
                 for (b, (row, i)) in y.as_mut_slice::<T>().chunks_mut(dim).zip(index).enumerate() {
@@ -105,7 +103,7 @@ impl Tensor {
         let (scope, shape) = (self.scope().clone(), self.shape().to_vec());
         let (dtype, layout, index) = (self.dtype(), self.layout().dual(), index.to_vec());
         Ok(record("take_rows", y, &[self], move |dy, back| {
-            let dx = produce(&scope, &shape, dtype, layout, |dx| {
+            let dx = produce_on_host(&scope, &shape, dtype, layout, |dx| {
                 any!(dtype, T => {
                     let dx = dx.as_mut_slice::<T>();
                     dx.fill(bytemuck::Zeroable::zeroed());

@@ -1,12 +1,12 @@
 //! Matrix products.
 
-use colossal_kernels as kernels;
-use colossal_kernels::{Epilogue, Mat, MatMut};
+use crate::kernels::Mat;
 
 use super::{produce, same_dtype};
 use crate::autograd::{Weight, record};
 use crate::dtype::float;
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::propagate::{self, propagate};
 use crate::tensor::Tensor;
 
@@ -50,23 +50,22 @@ impl Tensor {
         shape[last] = n;
         let y = produce(self.scope(), &shape, self.dtype(), layout, |y| {
             float!("linear", self.dtype(), T => {
-                let x = self.read::<T>()?;
                 if let Some(w) = weight.param().and_then(|p| p.int8()) {
-                    let b = bias.map(|b| b.read::<T>()).transpose()?;
-                    let b = b.as_ref().map(|b| b.as_slice());
-                    kernels::gemm_int8(x.as_slice::<T>(), m, w, b, y.as_mut_slice::<T>());
-                    return Ok(());
+                    let b = bias.map(|b| b.lend::<T>()).transpose()?;
+                    let b = b.as_ref().map(|b| b.view());
+                    let x = self.lend::<T>()?;
+                    return kernels::gemm_int8(x.view::<T>(), m, w, b, y.view_mut::<T>());
                 }
-                let w = weight.read::<T>()?;
-                let b = bias.map(|b| b.read::<T>()).transpose()?;
-                let epilogue = Epilogue { bias: b.as_ref().map(|b| b.as_slice()), ..Epilogue::default() };
+                let x = self.lend::<T>()?;
+                let w = weight.lend::<T>()?;
+                let b = bias.map(|b| b.lend::<T>()).transpose()?;
                 kernels::gemm(
-                    Mat::new(x.as_slice::<T>(), m, k),
-                    Mat::new(w.as_slice::<T>(), n, k).t(),
-                    MatMut::new(y.as_mut_slice::<T>(), m, n),
-                    &epilogue,
-                );
-                Ok(())
+                    Mat::new(x.view::<T>(), m, k),
+                    Mat::new(w.view::<T>(), n, k).t(),
+                    y.view_mut::<T>(),
+                    b.as_ref().map(|b| b.view()),
+                    false,
+                )
             })
         })?;
         let (x, w) = (self.detach(), weight.detach());
@@ -78,14 +77,14 @@ impl Tensor {
                 let layout = x.layout().dual();
                 let dx = produce(x.scope(), x.shape(), x.dtype(), layout, |dx| {
                     float!("linear", dy.dtype(), T => {
-                        let (dy, w) = (dy.read::<T>()?, w.read::<T>()?);
+                        let (dy, w) = (dy.lend::<T>()?, w.lend::<T>()?);
                         kernels::gemm(
-                            Mat::new(dy.as_slice::<T>(), m, n),
-                            Mat::new(w.as_slice::<T>(), n, k),
-                            MatMut::new(dx.as_mut_slice::<T>(), m, k),
-                            &Epilogue::default(),
-                        );
-                        Ok(())
+                            Mat::new(dy.view::<T>(), m, n),
+                            Mat::new(w.view::<T>(), n, k),
+                            dx.view_mut::<T>(),
+                            None,
+                            false,
+                        )
                     })
                 })?;
                 back.give(0, dx)?;
@@ -97,22 +96,21 @@ impl Tensor {
                 let dy = dy.clone();
                 back.weight(2, like, move |db| {
                     float!("linear", dy.dtype(), T => {
-                        kernels::sum_rows(dy.read::<T>()?.as_slice::<T>(), n, db);
-                        Ok(())
+                        kernels::sum_rows(dy.lend::<T>()?.view::<T>(), n, db)
                     })
                 })?;
             }
             if back.wants(1) {
                 back.weight_fresh(1, &like_w, move |dw| {
                     float!("linear", dy.dtype(), T => {
-                        let (dy, x) = (dy.read::<T>()?, x.read::<T>()?);
+                        let (dy, x) = (dy.lend::<T>()?, x.lend::<T>()?);
                         kernels::gemm(
-                            Mat::new(dy.as_slice::<T>(), m, n).t(),
-                            Mat::new(x.as_slice::<T>(), m, k),
-                            MatMut::new(dw.sum, n, k),
-                            &Epilogue { accumulate: !dw.fresh, ..Epilogue::default() },
-                        );
-                        Ok(())
+                            Mat::new(dy.view::<T>(), m, n).t(),
+                            Mat::new(x.view::<T>(), m, k),
+                            dw.sum,
+                            None,
+                            !dw.fresh,
+                        )
                     })
                 })?;
             }
@@ -147,9 +145,8 @@ impl Tensor {
         let layout = propagate("add_bias", &[self, bias], propagate::bias(last))?;
         let y = produce(self.scope(), self.shape(), self.dtype(), layout, |y| {
             float!("add_bias", self.dtype(), T => {
-                let (x, b) = (self.read::<T>()?, bias.read::<T>()?);
-                kernels::add_bias(x.as_slice::<T>(), b.as_slice::<T>(), y.as_mut_slice::<T>());
-                Ok(())
+                let (x, b) = (self.lend::<T>()?, bias.lend::<T>()?);
+                kernels::add_bias(x.view::<T>(), b.view::<T>(), y.view_mut::<T>())
             })
         })?;
         let like = Weight::like(bias);
@@ -157,8 +154,7 @@ impl Tensor {
             let rows = dy.clone();
             back.weight(1, &like, move |db| {
                 float!("add_bias", rows.dtype(), T => {
-                    kernels::sum_rows(rows.read::<T>()?.as_slice::<T>(), n, db);
-                    Ok(())
+                    kernels::sum_rows(rows.lend::<T>()?.view::<T>(), n, db)
                 })
             })?;
             back.give(0, dy)

@@ -37,17 +37,37 @@ pub(crate) fn produce(
     if scope.is_fake() {
         return Ok(Tensor::pretend(scope, shape, dtype, layout));
     }
-    let mut buffer = Buffer::with_bytes(shape.iter().product::<usize>() * dtype.bytes());
+    let bytes = shape.iter().product::<usize>() * dtype.bytes();
+    let mut buffer = Buffer::on(scope.device(), bytes)?;
     fill(&mut buffer)?;
     Ok(Tensor::wrap(scope, buffer, shape, dtype, layout))
 }
 
-/// Refuses operands of different dtypes.
+/// The same by an op that works on the host wherever the tensor lives.
+pub(crate) fn produce_on_host(
+    scope: &Scope,
+    shape: &[usize],
+    dtype: Dtype,
+    layout: Layout,
+    fill: impl FnOnce(&mut Buffer) -> Result<()>,
+) -> Result<Tensor> {
+    if scope.is_fake() {
+        return Ok(Tensor::pretend(scope, shape, dtype, layout));
+    }
+    let mut buffer = Buffer::with_bytes(shape.iter().product::<usize>() * dtype.bytes());
+    fill(&mut buffer)?;
+    Tensor::place(scope, buffer, shape, dtype, layout)
+}
+
+/// Refuses operands of different dtypes, or on different devices.
 pub(crate) fn same_dtype(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
-    if a.dtype() == b.dtype() {
-        Ok(())
-    } else {
+    let (left, right) = (a.scope().device(), b.scope().device());
+    if a.dtype() != b.dtype() {
         Err(Error::Dtype { op, left: a.dtype(), right: b.dtype() })
+    } else if left != right {
+        Err(Error::Device { op, left: left.to_string(), right: right.to_string() })
+    } else {
+        Ok(())
     }
 }
 

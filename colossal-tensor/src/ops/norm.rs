@@ -1,12 +1,11 @@
 //! Normalisation and softmax over the last dim.
 
-use colossal_kernels as kernels;
-
 use super::wide_norm::width_axes;
 use super::{produce, same_dtype};
 use crate::autograd::{Weight, record};
 use crate::dtype::float;
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::propagate::{self, propagate};
 use crate::storage::Buffer;
 use crate::tensor::Tensor;
@@ -18,35 +17,30 @@ impl Tensor {
         if let axes @ [_, ..] = &width_axes(self)[..] {
             return super::wide_norm::norm(self, weight, None, eps, layout, axes);
         }
-        let mut rstd = Buffer::new::<f32>(if self.scope().is_fake() { 0 } else { self.rows() });
+        let mut rstd = self.scope().room::<f32>(self.rows())?;
         let y = produce(self.scope(), self.shape(), self.dtype(), layout, |y| {
             float!("rms_norm", self.dtype(), T => {
-                let (x, w) = (self.read::<T>()?, weight.read::<T>()?);
-                let (x, w) = (x.as_slice::<T>(), w.as_slice::<T>());
-                kernels::rms_norm(x, w, eps, y.as_mut_slice::<T>(), rstd.as_mut_slice());
-                Ok(())
+                let (x, w) = (self.lend::<T>()?, weight.lend::<T>()?);
+                let (x, w) = (x.view::<T>(), w.view::<T>());
+                kernels::rms_norm(x, w, eps, y.view_mut::<T>(), rstd.view_mut())
             })
         })?;
         let (x, w, like) = (self.detach(), weight.detach(), Weight::like(weight));
         Ok(record("rms_norm", y, &[self, weight], move |dy, back| {
-            let mut dw = Buffer::zeros::<f32>(w.len());
+            let mut dw = Buffer::zeros_on::<f32>(w.scope().device(), w.len())?;
             let dx = produce(x.scope(), x.shape(), x.dtype(), dy.layout(), |dx| {
                 float!("rms_norm", x.dtype(), T => {
                     kernels::rms_norm_backward(
-                        dy.read::<T>()?.as_slice::<T>(),
-                        x.read::<T>()?.as_slice::<T>(),
-                        w.read::<T>()?.as_slice::<T>(),
-                        rstd.as_slice(),
-                        dx.as_mut_slice::<T>(),
-                        dw.as_mut_slice(),
-                    );
-                    Ok(())
+                        dy.lend::<T>()?.view::<T>(),
+                        x.lend::<T>()?.view::<T>(),
+                        w.lend::<T>()?.view::<T>(),
+                        rstd.view(),
+                        dx.view_mut::<T>(),
+                        dw.view_mut(),
+                    )
                 })
             })?;
-            back.weight(1, &like, move |acc| {
-                kernels::add_assign(dw.as_slice::<f32>(), acc);
-                Ok(())
-            })?;
+            back.weight(1, &like, move |acc| kernels::add_assign(dw.view::<f32>(), acc))?;
             back.give(0, dx)
         }))
     }
@@ -58,51 +52,44 @@ impl Tensor {
         if let axes @ [_, ..] = &width_axes(self)[..] {
             return super::wide_norm::norm(self, weight, Some(bias), eps, layout, axes);
         }
-        let rows = if self.scope().is_fake() { 0 } else { self.rows() };
-        let (mut mean, mut rstd) = (Buffer::new::<f32>(rows), Buffer::new::<f32>(rows));
+        let rows = self.rows();
+        let mut mean = self.scope().room::<f32>(rows)?;
+        let mut rstd = self.scope().room::<f32>(rows)?;
         let y = produce(self.scope(), self.shape(), self.dtype(), layout, |y| {
             float!("layer_norm", self.dtype(), T => {
-                let (x, w, b) = (self.read::<T>()?, weight.read::<T>()?, bias.read::<T>()?);
+                let (x, w, b) = (self.lend::<T>()?, weight.lend::<T>()?, bias.lend::<T>()?);
                 kernels::layer_norm(
-                    x.as_slice::<T>(),
-                    w.as_slice::<T>(),
-                    b.as_slice::<T>(),
+                    x.view::<T>(),
+                    w.view::<T>(),
+                    b.view::<T>(),
                     eps,
-                    y.as_mut_slice::<T>(),
-                    mean.as_mut_slice(),
-                    rstd.as_mut_slice(),
-                );
-                Ok(())
+                    y.view_mut::<T>(),
+                    mean.view_mut(),
+                    rstd.view_mut(),
+                )
             })
         })?;
         let (x, w) = (self.detach(), weight.detach());
         let (like_w, like_b) = (Weight::like(weight), Weight::like(bias));
         Ok(record("layer_norm", y, &[self, weight, bias], move |dy, back| {
-            let mut dw = Buffer::zeros::<f32>(w.len());
-            let mut db = Buffer::zeros::<f32>(w.len());
+            let mut dw = Buffer::zeros_on::<f32>(w.scope().device(), w.len())?;
+            let mut db = Buffer::zeros_on::<f32>(w.scope().device(), w.len())?;
             let dx = produce(x.scope(), x.shape(), x.dtype(), dy.layout(), |dx| {
                 float!("layer_norm", x.dtype(), T => {
                     kernels::layer_norm_backward(
-                        dy.read::<T>()?.as_slice::<T>(),
-                        x.read::<T>()?.as_slice::<T>(),
-                        w.read::<T>()?.as_slice::<T>(),
-                        mean.as_slice(),
-                        rstd.as_slice(),
-                        dx.as_mut_slice::<T>(),
-                        dw.as_mut_slice(),
-                        db.as_mut_slice(),
-                    );
-                    Ok(())
+                        dy.lend::<T>()?.view::<T>(),
+                        x.lend::<T>()?.view::<T>(),
+                        w.lend::<T>()?.view::<T>(),
+                        mean.view(),
+                        rstd.view(),
+                        dx.view_mut::<T>(),
+                        dw.view_mut(),
+                        db.view_mut(),
+                    )
                 })
             })?;
-            back.weight(1, &like_w, move |acc| {
-                kernels::add_assign(dw.as_slice::<f32>(), acc);
-                Ok(())
-            })?;
-            back.weight(2, &like_b, move |acc| {
-                kernels::add_assign(db.as_slice::<f32>(), acc);
-                Ok(())
-            })?;
+            back.weight(1, &like_w, move |acc| kernels::add_assign(dw.view::<f32>(), acc))?;
+            back.weight(2, &like_b, move |acc| kernels::add_assign(db.view::<f32>(), acc))?;
             back.give(0, dx)
         }))
     }
@@ -114,18 +101,16 @@ impl Tensor {
         let dim = self.last_dim();
         let y = produce(self.scope(), self.shape(), self.dtype(), layout, |y| {
             float!("softmax", self.dtype(), T => {
-                kernels::softmax(self.read::<T>()?.as_slice::<T>(), dim, y.as_mut_slice::<T>());
-                Ok(())
+                kernels::softmax(self.lend::<T>()?.view::<T>(), dim, y.view_mut::<T>())
             })
         })?;
         let saved = y.clone();
         Ok(record("softmax", y, &[self], move |dy, back| {
             let dx = produce(dy.scope(), dy.shape(), dy.dtype(), dy.layout(), |dx| {
                 float!("softmax", dy.dtype(), T => {
-                    let (dy, y) = (dy.read::<T>()?, saved.read::<T>()?);
-                    let (dy, y) = (dy.as_slice::<T>(), y.as_slice::<T>());
-                    kernels::softmax_backward(dy, y, dim, dx.as_mut_slice::<T>());
-                    Ok(())
+                    let (dy, y) = (dy.lend::<T>()?, saved.lend::<T>()?);
+                    let (dy, y) = (dy.view::<T>(), y.view::<T>());
+                    kernels::softmax_backward(dy, y, dim, dx.view_mut::<T>())
                 })
             })?;
             back.give(0, dx)

@@ -41,17 +41,17 @@ impl Tensor {
             })
         };
         let lowest = if dtype == crate::Dtype::F16 { LOWEST_F16 } else { LOWEST };
-        let mut logits = self.into_buffer()?;
+        let mut logits = self.into_host_buffer()?;
         fill(&mut logits, lowest)?;
-        let y = Tensor::wrap(&scope, logits, &shape, dtype, layout);
+        let y = Tensor::place(&scope, logits, &shape, dtype, layout)?;
         if !graph || !is_grad_enabled() {
             return Ok(y);
         }
         Ok(record_edges("mask_padding", y, vec![edge], move |dy, back| {
             let layout = dy.layout();
-            let mut grad = dy.into_buffer()?;
+            let mut grad = dy.into_host_buffer()?;
             fill(&mut grad, 0.0)?;
-            back.give(0, Tensor::wrap(&scope, grad, &shape, dtype, layout))
+            back.give(0, Tensor::place(&scope, grad, &shape, dtype, layout)?)
         }))
     }
 }

@@ -2,7 +2,7 @@
 
 use colossal_kernels as kernels;
 
-use super::produce;
+use super::produce_on_host;
 use crate::autograd::record;
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result};
@@ -13,7 +13,7 @@ impl Tensor {
     /// The sum of all elements, in f32.
     pub fn sum(&self) -> Result<Tensor> {
         let layout = propagate("sum", &[self], propagate::sum)?;
-        let y = produce(self.scope(), &[], Dtype::F32, layout, |y| {
+        let y = produce_on_host(self.scope(), &[], Dtype::F32, layout, |y| {
             float!("sum", self.dtype(), T => {
                 y.as_mut_slice::<f32>()[0] = kernels::sum(self.read::<T>()?.as_slice::<T>());
                 Ok(())
@@ -23,7 +23,7 @@ impl Tensor {
         let (dtype, layout) = (self.dtype(), self.layout().dual());
         Ok(record("sum", y, &[self], move |dy, back| {
             let dy = dy.item()?;
-            let dx = produce(&scope, &shape, dtype, layout, |dx| {
+            let dx = produce_on_host(&scope, &shape, dtype, layout, |dx| {
                 float!("sum", dtype, T => {
                     use colossal_kernels::Float;
                     dx.as_mut_slice::<T>().fill(<T as Float>::from_f32(dy));

@@ -1,6 +1,6 @@
 //! Views: the same elements under another shape.
 
-use super::produce;
+use super::produce_on_host;
 use crate::autograd::{Edge, record};
 use crate::dtype::any;
 use crate::error::{Error, Result};
@@ -83,7 +83,7 @@ impl Tensor {
         let y = self.rewrap(&shape, layout, range.start * row, Edge::None);
         let (scope, full, dtype) = (self.scope().clone(), self.shape().to_vec(), self.dtype());
         Ok(record("narrow", y, &[self], move |dy, back| {
-            let dx = produce(&scope, &full, dtype, dy.layout(), |dx| {
+            let dx = produce_on_host(&scope, &full, dtype, dy.layout(), |dx| {
                 any!(dtype, T => {
                     let dx = dx.as_mut_slice::<T>();
                     dx[..range.start * row].fill(bytemuck::Zeroable::zeroed());

@@ -2,15 +2,18 @@
 
 use std::sync::{Arc, Weak};
 
-use colossal_kernels as kernels;
 use parking_lot::{Mutex, RwLock};
 
 use super::produce;
 use crate::autograd::record;
+use crate::device::Device;
 use crate::dtype::float;
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::propagate::{self, propagate};
+use crate::storage::Buffer;
 use crate::tensor::Tensor;
+use crate::view::View;
 
 /// Cosines and sines of every position and frequency, computed as far as positions are met and
 /// shared by all tables of the same frequencies: the layers of a model, and its copies.
@@ -31,6 +34,35 @@ struct Shared {
 struct Tables {
     cos: Vec<f32>,
     sin: Vec<f32>,
+    /// The same on GPUs that use them.
+    copies: Mutex<Vec<(Device, Arc<[Buffer; 2]>)>>,
+}
+
+impl Tables {
+    fn lend<T>(
+        &self,
+        device: &Device,
+        work: impl FnOnce(View<'_, f32>, View<'_, f32>) -> Result<T>,
+    ) -> Result<T> {
+        match device {
+            Device::Cpu => work(View::Cpu(&self.cos), View::Cpu(&self.sin)),
+            Device::Cuda(_) => {
+                let copy = self.copy(device)?;
+                work(copy[0].view(), copy[1].view())
+            }
+        }
+    }
+
+    fn copy(&self, device: &Device) -> Result<Arc<[Buffer; 2]>> {
+        let mut copies = self.copies.lock();
+        if let Some((_, copy)) = copies.iter().find(|(place, _)| place == device) {
+            return Ok(copy.clone());
+        }
+        let copy = |x: &Vec<f32>| Buffer::copy_of(device, View::Cpu(x));
+        let copy = Arc::new([copy(&self.cos)?, copy(&self.sin)?]);
+        copies.push((device.clone(), copy.clone()));
+        Ok(copy)
+    }
 }
 
 impl RopeTable {
@@ -123,13 +155,13 @@ impl Tensor {
               -> Result<Tensor> {
             produce(x.scope(), x.shape(), x.dtype(), layout, |y| {
                 float!("rope", x.dtype(), T => {
-                    let v = x.read::<T>()?;
-                    let (v, y) = (v.as_slice::<T>(), y.as_mut_slice::<T>());
-                    match back {
-                        false => kernels::rope(v, positions, &t.cos, &t.sin, heads, head_dim, y),
-                        true => kernels::rope_backward(v, positions, &t.cos, &t.sin, heads, head_dim, y),
-                    }
-                    Ok(())
+                    let v = x.lend::<T>()?;
+                    let (v, y) = (v.view::<T>(), y.view_mut::<T>());
+                    let p = View::Cpu(positions);
+                    t.lend(x.scope().device(), |cos, sin| match back {
+                        false => kernels::rope(v, p, cos, sin, heads, head_dim, y),
+                        true => kernels::rope_backward(v, p, cos, sin, heads, head_dim, y),
+                    })
                 })
             })
         };

@@ -6,7 +6,7 @@
 use colossal_comm::ReduceOp;
 use colossal_kernels::Float;
 
-use super::produce;
+use super::produce_on_host;
 use crate::autograd::{Weight, pretended, record};
 use crate::dtype::float;
 use crate::error::{Result, comm};
@@ -56,7 +56,7 @@ pub(crate) fn norm(
     sum(&scope, axes, &mut rstd)?;
     rstd.iter_mut().for_each(|x| *x = 1.0 / (*x + eps).sqrt());
     let b = bias.map_or_else(|| Ok(vec![0.0; local]), Tensor::to_vec)?;
-    let y = produce(&scope, x.shape(), dtype, layout, |y| {
+    let y = produce_on_host(&scope, x.shape(), dtype, layout, |y| {
         float!("norm", dtype, T => {
             for (r, y) in y.as_mut_slice::<T>().chunks_mut(local).enumerate() {
                 let row = &values[r * local..(r + 1) * local];
@@ -93,7 +93,7 @@ pub(crate) fn norm(
             sums[..rows].fill(0.0);
             sum(&scope, &axes, &mut sums[rows..])?;
         }
-        let dx = produce(&scope, x_saved.shape(), dtype, dy.layout(), |dx| {
+        let dx = produce_on_host(&scope, x_saved.shape(), dtype, dy.layout(), |dx| {
             float!("norm", dtype, T => {
                 for (at, dx) in dx.as_mut_slice::<T>().iter_mut().enumerate() {
                     let (r, c) = (at / local, at % local);
@@ -105,7 +105,7 @@ pub(crate) fn norm(
             })
         })?;
         for (i, (like, grad)) in likes.iter().zip([dw, db]).enumerate() {
-            back.weight(i + 1, like, move |acc| {
+            back.weight_on_host(i + 1, like, move |acc| {
                 colossal_kernels::add_assign(&grad, acc);
                 Ok(())
             })?;

@@ -1,0 +1,525 @@
+//! Every kernel, wherever its operands lie.
+//!
+//! The names and arguments are those of [`colossal_kernels`], with views for slices. If any operand
+//! is on a GPU the CUDA twin is put on its stream, and operands on the host are copied there first;
+//! a kernel without a twin runs on the host, between copies.
+
+#![allow(dead_code, unused_macros)] // Until the first twin is called.
+
+use colossal_kernels::cuda::{self, Stream};
+use colossal_kernels::{AdamW, AttentionShape, Epilogue, Float, Int8Matrix, Lion};
+
+use crate::device::Device;
+use crate::error::Result;
+use crate::storage::Buffer;
+use crate::view::{View, ViewMut};
+
+/// An argument of a kernel.
+trait Operand: Sized {
+    /// It as the host's kernel takes it.
+    type Host: Lend;
+    /// It as the CUDA kernel takes it.
+    type Cuda: Lend;
+    /// The stream that it belongs to, if it is on a GPU.
+    fn stream(&self) -> Option<&Stream> {
+        None
+    }
+    fn on_host(self) -> Result<Self::Host>;
+    fn on_cuda(self, stream: &Stream) -> Result<Self::Cuda>;
+}
+
+/// An argument made ready, with what it stands on.
+trait Lend: Sized {
+    type Lent<'a>
+    where
+        Self: 'a;
+    fn lend(&mut self) -> Self::Lent<'_>;
+    /// After the kernel: copies results to where they belong.
+    fn finish(self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Runs a kernel of the host on operands wherever they are.
+macro_rules! on_host {
+    (($($x:ident),*) => $call:expr) => {{
+        $(let mut $x = Operand::on_host($x)?;)*
+        let result = { $(let $x = $x.lend();)* $call };
+        $($x.finish()?;)*
+        result
+    }};
+}
+
+/// Runs a CUDA kernel on a stream.
+macro_rules! on_cuda {
+    ($stream:ident, ($($x:ident),*) => $call:expr) => {{
+        $(let mut $x = Operand::on_cuda($x, &$stream)?;)*
+        { $(let $x = $x.lend();)* $call }?
+    }};
+}
+
+/// The first stream among operands.
+macro_rules! stream_of {
+    ($($x:ident),*) => { None$(.or(Operand::stream(&$x)))*.cloned() };
+}
+
+/// Kernels with a CUDA twin.
+#[allow(unused_macros)]
+macro_rules! twins {
+    ($($(#[$doc:meta])* $name:ident($($x:ident: $t:ty),* $(,)?);)*) => { $(
+        $(#[$doc])*
+        #[doc = concat!("[`colossal_kernels::", stringify!($name), "`]")]
+        pub fn $name<T: Float>($($x: $t),*) -> Result<()> {
+            match stream_of!($($x),*) {
+                Some(stream) => on_cuda!(stream, ($($x),*) => cuda::$name(&stream, $($x),*)),
+                None => on_host!(($($x),*) => colossal_kernels::$name($($x),*)),
+            }
+            Ok(())
+        }
+    )* };
+}
+
+/// Kernels that are the host's alone.
+macro_rules! hosted {
+    ($($name:ident($($x:ident: $t:ty),* $(,)?);)*) => { $(
+        #[doc = concat!("[`colossal_kernels::", stringify!($name), "`]")]
+        pub fn $name<T: Float>($($x: $t),*) -> Result<()> {
+            on_host!(($($x),*) => colossal_kernels::$name($($x),*));
+            Ok(())
+        }
+    )* };
+}
+
+hosted! {
+    add(a: View<'_, T>, b: View<'_, T>, y: ViewMut<'_, T>);
+    mul(a: View<'_, T>, b: View<'_, T>, y: ViewMut<'_, T>);
+    scale(x: View<'_, T>, s: f32, y: ViewMut<'_, T>);
+    add_assign(x: View<'_, T>, y: ViewMut<'_, T>);
+    add_into(x: View<'_, T>, y: ViewMut<'_, f32>);
+    add_bias(x: View<'_, T>, bias: View<'_, T>, y: ViewMut<'_, T>);
+    silu(x: View<'_, T>, y: ViewMut<'_, T>);
+    silu_backward(dy: View<'_, T>, x: View<'_, T>, dx: ViewMut<'_, T>);
+    gelu(x: View<'_, T>, y: ViewMut<'_, T>);
+    gelu_backward(dy: View<'_, T>, x: View<'_, T>, dx: ViewMut<'_, T>);
+    gelu_tanh(x: View<'_, T>, y: ViewMut<'_, T>);
+    gelu_tanh_backward(dy: View<'_, T>, x: View<'_, T>, dx: ViewMut<'_, T>);
+    relu(x: View<'_, T>, y: ViewMut<'_, T>);
+    relu_backward(dy: View<'_, T>, x: View<'_, T>, dx: ViewMut<'_, T>);
+    swiglu(gate: View<'_, T>, up: View<'_, T>, y: ViewMut<'_, T>);
+    swiglu_backward(
+        dy: View<'_, T>, gate: View<'_, T>, up: View<'_, T>,
+        dgate: ViewMut<'_, T>, dup: ViewMut<'_, T>,
+    );
+    rms_norm(
+        x: View<'_, T>, weight: View<'_, T>, eps: f32, y: ViewMut<'_, T>, rstd: ViewMut<'_, f32>,
+    );
+    rms_norm_backward(
+        dy: View<'_, T>, x: View<'_, T>, weight: View<'_, T>, rstd: View<'_, f32>,
+        dx: ViewMut<'_, T>, dweight: ViewMut<'_, f32>,
+    );
+    layer_norm(
+        x: View<'_, T>, weight: View<'_, T>, bias: View<'_, T>, eps: f32,
+        y: ViewMut<'_, T>, mean: ViewMut<'_, f32>, rstd: ViewMut<'_, f32>,
+    );
+    layer_norm_backward(
+        dy: View<'_, T>, x: View<'_, T>, weight: View<'_, T>, mean: View<'_, f32>,
+        rstd: View<'_, f32>, dx: ViewMut<'_, T>, dweight: ViewMut<'_, f32>,
+        dbias: ViewMut<'_, f32>,
+    );
+    softmax(x: View<'_, T>, dim: usize, y: ViewMut<'_, T>);
+    softmax_backward(dy: View<'_, T>, y: View<'_, T>, dim: usize, dx: ViewMut<'_, T>);
+    sum_rows(x: View<'_, T>, dim: usize, out: ViewMut<'_, f32>);
+    embedding(ids: View<'_, i32>, table: View<'_, T>, dim: usize, y: ViewMut<'_, T>);
+    embedding_backward(
+        ids: View<'_, i32>, dy: View<'_, T>, dim: usize, dtable: ViewMut<'_, f32>,
+    );
+    rope(
+        x: View<'_, T>, positions: View<'_, i32>, cos: View<'_, f32>, sin: View<'_, f32>,
+        heads: usize, head_dim: usize, y: ViewMut<'_, T>,
+    );
+    rope_backward(
+        dy: View<'_, T>, positions: View<'_, i32>, cos: View<'_, f32>, sin: View<'_, f32>,
+        heads: usize, head_dim: usize, dx: ViewMut<'_, T>,
+    );
+    cross_entropy(
+        logits: View<'_, T>, targets: View<'_, i32>, vocab: usize, ignore: i32,
+        loss: ViewMut<'_, f32>, lse: ViewMut<'_, f32>,
+    );
+    cross_entropy_backward(
+        dloss: View<'_, f32>, targets: View<'_, i32>, vocab: usize, ignore: i32,
+        lse: View<'_, f32>, logits_to_grad: ViewMut<'_, T>,
+    );
+    logits_stats(
+        logits: View<'_, T>, vocab: usize, max: ViewMut<'_, f32>, sum: ViewMut<'_, f32>,
+    );
+}
+
+/// A strided matrix, as [`colossal_kernels::Mat`].
+#[derive(Debug, Clone, Copy)]
+pub struct Mat<'a, T> {
+    /// The elements.
+    pub data: View<'a, T>,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Distance between rows.
+    pub row_stride: usize,
+    /// Distance between columns.
+    pub col_stride: usize,
+}
+
+impl<'a, T> Mat<'a, T> {
+    /// A dense row-major matrix.
+    pub fn new(data: View<'a, T>, rows: usize, cols: usize) -> Mat<'a, T> {
+        Mat { data, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// Its transpose, without moving anything.
+    pub fn t(self) -> Mat<'a, T> {
+        let Mat { data, rows, cols, row_stride, col_stride } = self;
+        Mat { data, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
+    }
+}
+
+/// `c [rows, cols] = act(alpha * a b + bias)`, or `+=`: [`colossal_kernels::gemm`]. `c` is dense.
+pub fn gemm<T: Float, O: Float>(
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    c: ViewMut<'_, O>,
+    bias: Option<View<'_, T>>,
+    accumulate: bool,
+) -> Result<()> {
+    let (x, y) = (a.data, b.data);
+    let (rows, cols) = (a.rows, b.cols);
+    on_host!((x, y, c, bias) => {
+        let e = Epilogue { bias, accumulate, ..Epilogue::default() };
+        let [a, b] = [(a, x), (b, y)].map(|(m, data)| colossal_kernels::Mat {
+            data,
+            rows: m.rows,
+            cols: m.cols,
+            row_stride: m.row_stride,
+            col_stride: m.col_stride,
+        });
+        colossal_kernels::gemm(a, b, colossal_kernels::MatMut::new(c, rows, cols), &e);
+    });
+    Ok(())
+}
+
+/// [`colossal_kernels::flash_attention`]
+pub fn flash_attention<T: Float>(
+    shape: &AttentionShape<'_>,
+    q: View<'_, T>,
+    k: View<'_, T>,
+    v: View<'_, T>,
+    out: ViewMut<'_, T>,
+    lse: ViewMut<'_, f32>,
+) -> Result<()> {
+    on_host!((q, k, v, out, lse) => {
+        colossal_kernels::flash_attention(shape, q, k, v, out, lse);
+    });
+    Ok(())
+}
+
+/// [`colossal_kernels::flash_attention_backward`]
+pub fn flash_attention_backward<T: Float>(
+    shape: &AttentionShape<'_>,
+    q: View<'_, T>,
+    k: View<'_, T>,
+    v: View<'_, T>,
+    out: View<'_, T>,
+    lse: View<'_, f32>,
+    dout: View<'_, T>,
+    dq: ViewMut<'_, T>,
+    dk: ViewMut<'_, T>,
+    dv: ViewMut<'_, T>,
+) -> Result<()> {
+    on_host!((q, k, v, out, lse, dout, dq, dk, dv) => {
+        colossal_kernels::flash_attention_backward(shape, q, k, v, out, lse, dout, dq, dk, dv);
+    });
+    Ok(())
+}
+
+/// [`colossal_kernels::gemm_int8`], on the host.
+pub fn gemm_int8<T: Float>(
+    x: View<'_, T>,
+    m: usize,
+    w: &Int8Matrix,
+    bias: Option<View<'_, T>>,
+    y: ViewMut<'_, T>,
+) -> Result<()> {
+    on_host!((x, bias, y) => colossal_kernels::gemm_int8(x, m, w, bias, y));
+    Ok(())
+}
+
+/// [`colossal_kernels::cast`]
+pub fn cast<A: Float, B: Float>(x: View<'_, A>, y: ViewMut<'_, B>) -> Result<()> {
+    on_host!((x, y) => colossal_kernels::cast(x, y));
+    Ok(())
+}
+
+/// [`colossal_kernels::sum`], on the host.
+pub fn sum<T: Float>(x: View<'_, T>) -> Result<f32> {
+    Ok(on_host!((x) => colossal_kernels::sum(x)))
+}
+
+/// [`colossal_kernels::sum_of_squares`], on the host.
+pub fn sum_of_squares(x: View<'_, f32>) -> Result<f64> {
+    Ok(on_host!((x) => colossal_kernels::sum_of_squares(x)))
+}
+
+/// Sets every element to `value`.
+pub fn fill<T: Float>(y: ViewMut<'_, T>, value: T) -> Result<()> {
+    on_host!((y) => colossal_kernels::fill(y, value));
+    Ok(())
+}
+
+/// [`AdamW::step_grad_scale`]
+pub fn adamw(
+    rule: &AdamW,
+    t: u32,
+    params: ViewMut<'_, f32>,
+    grads: View<'_, f32>,
+    m: ViewMut<'_, f32>,
+    v: ViewMut<'_, f32>,
+    grad_scale: f32,
+) -> Result<()> {
+    on_host!((params, grads, m, v) => rule.step_grad_scale(t, params, grads, m, v, grad_scale));
+    Ok(())
+}
+
+/// [`AdamW::step_masters`]
+pub fn adamw_masters<T: Float>(
+    rule: &AdamW,
+    t: u32,
+    grad_scale: f32,
+    master: ViewMut<'_, f32>,
+    params: ViewMut<'_, T>,
+    grads: View<'_, f32>,
+    m: ViewMut<'_, f32>,
+    v: ViewMut<'_, f32>,
+) -> Result<()> {
+    on_host!((master, params, grads, m, v) => {
+        rule.step_masters(t, grad_scale, master, params, grads, m, v);
+    });
+    Ok(())
+}
+
+/// [`Lion::step`]
+pub fn lion(
+    rule: &Lion,
+    params: ViewMut<'_, f32>,
+    grads: View<'_, f32>,
+    m: ViewMut<'_, f32>,
+    grad_scale: f32,
+) -> Result<()> {
+    on_host!((params, grads, m) => rule.step(params, grads, m, grad_scale));
+    Ok(())
+}
+
+/// A step of any other rule: `step(params, grads, m, v)` on the host.
+pub fn other_rule(
+    params: ViewMut<'_, f32>,
+    grads: View<'_, f32>,
+    m: ViewMut<'_, f32>,
+    v: ViewMut<'_, f32>,
+    step: impl FnOnce(&mut [f32], &[f32], &mut [f32], &mut [f32]),
+) -> Result<()> {
+    on_host!((params, grads, m, v) => step(params, grads, m, v));
+    Ok(())
+}
+
+impl<'a, T: bytemuck::Pod> Operand for View<'a, T> {
+    type Host = Source<'a, T>;
+    type Cuda = OnCuda<'a, T>;
+
+    fn stream(&self) -> Option<&Stream> {
+        match self {
+            View::Cpu(_) => None,
+            View::Cuda(stream, _) => Some(stream),
+        }
+    }
+
+    fn on_host(self) -> Result<Source<'a, T>> {
+        Ok(match self {
+            View::Cpu(x) => Source::Lent(x),
+            elsewhere => Source::Copied(Buffer::copy_of(&Device::Cpu, elsewhere)?),
+        })
+    }
+
+    fn on_cuda(self, stream: &Stream) -> Result<OnCuda<'a, T>> {
+        Ok(match self {
+            View::Cuda(_, x) => OnCuda::Lent(x),
+            here => OnCuda::Copied(Buffer::copy_of(&Device::Cuda(stream.clone()), here)?),
+        })
+    }
+}
+
+/// Elements to be read on the host.
+enum Source<'a, T> {
+    Lent(&'a [T]),
+    Copied(Buffer),
+}
+
+impl<T: bytemuck::Pod> Lend for Source<'_, T> {
+    type Lent<'b>
+        = &'b [T]
+    where
+        Self: 'b;
+
+    fn lend(&mut self) -> &[T] {
+        match self {
+            Source::Lent(x) => x,
+            Source::Copied(buffer) => buffer.as_slice(),
+        }
+    }
+}
+
+/// Elements to be read on a GPU.
+enum OnCuda<'a, T> {
+    Lent(cuda::Slice<'a, T>),
+    Copied(Buffer),
+}
+
+impl<T: bytemuck::Pod> Lend for OnCuda<'_, T> {
+    type Lent<'b>
+        = cuda::Slice<'b, T>
+    where
+        Self: 'b;
+
+    fn lend(&mut self) -> cuda::Slice<'_, T> {
+        match self {
+            OnCuda::Lent(x) => *x,
+            OnCuda::Copied(buffer) => match buffer.view() {
+                View::Cuda(_, x) => x,
+                View::Cpu(_) => unreachable!("it was copied to a GPU"),
+            },
+        }
+    }
+}
+
+impl<'a, T: bytemuck::Pod> Operand for ViewMut<'a, T> {
+    type Host = Target<'a, T>;
+    type Cuda = cuda::SliceMut<'a, T>;
+
+    fn stream(&self) -> Option<&Stream> {
+        match self {
+            ViewMut::Cpu(_) => None,
+            ViewMut::Cuda(stream, _) => Some(stream),
+        }
+    }
+
+    fn on_host(self) -> Result<Target<'a, T>> {
+        Ok(match self {
+            ViewMut::Cpu(x) => Target::Lent(x),
+            elsewhere => {
+                // Kernels may add to what is there.
+                let copy = Buffer::copy_of(&Device::Cpu, elsewhere.as_view())?;
+                Target::Copied(copy, elsewhere)
+            }
+        })
+    }
+
+    fn on_cuda(self, stream: &Stream) -> Result<cuda::SliceMut<'a, T>> {
+        match self {
+            ViewMut::Cuda(_, x) => Ok(x),
+            ViewMut::Cpu(_) => Err(crate::Error::Device {
+                op: "kernel",
+                left: Device::Cuda(stream.clone()).to_string(),
+                right: "cpu (a result)".into(),
+            }),
+        }
+    }
+}
+
+/// Elements to be written on the host.
+enum Target<'a, T> {
+    Lent(&'a mut [T]),
+    Copied(Buffer, ViewMut<'a, T>),
+}
+
+impl<T: bytemuck::Pod> Lend for Target<'_, T> {
+    type Lent<'b>
+        = &'b mut [T]
+    where
+        Self: 'b;
+
+    fn lend(&mut self) -> &mut [T] {
+        match self {
+            Target::Lent(x) => x,
+            Target::Copied(buffer, _) => buffer.as_mut_slice(),
+        }
+    }
+
+    fn finish(self) -> Result<()> {
+        match self {
+            Target::Lent(_) => Ok(()),
+            Target::Copied(buffer, to) => to.write(buffer.as_slice()),
+        }
+    }
+}
+
+impl<T> Lend for cuda::SliceMut<'_, T> {
+    type Lent<'b>
+        = cuda::SliceMut<'b, T>
+    where
+        Self: 'b;
+
+    fn lend(&mut self) -> cuda::SliceMut<'_, T> {
+        self.reborrow()
+    }
+}
+
+macro_rules! plain {
+    ($($t:ty),*) => { $(
+        impl Operand for $t {
+            type Host = $t;
+            type Cuda = $t;
+            fn on_host(self) -> Result<$t> {
+                Ok(self)
+            }
+            fn on_cuda(self, _: &Stream) -> Result<$t> {
+                Ok(self)
+            }
+        }
+        impl Lend for $t {
+            type Lent<'b> = $t;
+            fn lend(&mut self) -> $t {
+                *self
+            }
+        }
+    )* };
+}
+plain!(usize, i32, u32, f32);
+
+impl<O: Operand> Operand for Option<O> {
+    type Host = Option<O::Host>;
+    type Cuda = Option<O::Cuda>;
+
+    fn stream(&self) -> Option<&Stream> {
+        self.as_ref().and_then(|x| x.stream())
+    }
+
+    fn on_host(self) -> Result<Option<O::Host>> {
+        self.map(Operand::on_host).transpose()
+    }
+
+    fn on_cuda(self, stream: &Stream) -> Result<Option<O::Cuda>> {
+        self.map(|x| x.on_cuda(stream)).transpose()
+    }
+}
+
+impl<L: Lend> Lend for Option<L> {
+    type Lent<'b>
+        = Option<L::Lent<'b>>
+    where
+        Self: 'b;
+
+    fn lend(&mut self) -> Option<L::Lent<'_>> {
+        self.as_mut().map(Lend::lend)
+    }
+
+    fn finish(self) -> Result<()> {
+        self.map_or(Ok(()), Lend::finish)
+    }
+}
