@@ -208,7 +208,7 @@ impl Grads {
     }
 
     /// Moves all of them to the host.
-    fn to_host(mut self) -> Result<Grads> {
+    fn into_host(mut self) -> Result<Grads> {
         for grad in self.by_id.values_mut() {
             if grad.device() != Device::Cpu {
                 *grad = Buffer::copy_of::<u8>(&Device::Cpu, grad.view())?;
@@ -456,7 +456,7 @@ impl Tensor {
     pub fn backward(&self) -> Result<Grads> {
         let mut grads = Grads::default();
         self.backward_into(&mut grads, None)?;
-        grads.to_host()
+        grads.into_host()
     }
 
     /// As [`Tensor::backward`], handing gradients to `sink` while the pass goes on. With

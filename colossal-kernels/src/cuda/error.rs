@@ -4,7 +4,7 @@ use cudarc::driver::DriverError;
 use cudarc::driver::sys::CUresult;
 
 /// The result of a call on a device.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// A failure of CUDA, with what was being done.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -68,6 +68,19 @@ pub enum Error {
         arch: String,
         /// What the compiler says.
         log: String,
+    },
+
+    /// A library of CUDA refuses a call.
+    #[error("CUDA: {library} refuses {what} on device {ordinal}: {reason}")]
+    Library {
+        /// The library.
+        library: &'static str,
+        /// The call.
+        what: String,
+        /// The device.
+        ordinal: usize,
+        /// Its own words.
+        reason: String,
     },
 
     /// The driver refuses a call, or reports what failed before it.

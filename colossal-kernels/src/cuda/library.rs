@@ -52,6 +52,15 @@ pub fn found() -> &'static Found {
     })
 }
 
+/// A function of the driver that cudarc's bindings know by a newer name only.
+pub(super) fn driver_function<F: Copy>(name: &std::ffi::CStr) -> Option<F> {
+    if !found().driver {
+        return None;
+    }
+    // SAFETY: the library is there and stays; the caller names the signature.
+    unsafe { cudarc::driver::sys::culib().get::<F>(name.to_bytes_with_nul()).ok().map(|f| *f) }
+}
+
 /// Loads the library whose file name starts so from a folder, for good.
 fn load(folder: &Path, prefix: &str) -> bool {
     let Ok(entries) = std::fs::read_dir(folder) else { return false };

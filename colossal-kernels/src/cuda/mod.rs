@@ -22,6 +22,7 @@
 //! # }
 //! ```
 
+mod blas;
 mod device;
 mod error;
 mod library;

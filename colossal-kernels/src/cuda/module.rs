@@ -258,7 +258,7 @@ impl Drop for Program {
 }
 
 /// Where this compiler's kernels are kept.
-fn cache((major, minor): (i32, i32)) -> Option<PathBuf> {
+pub(super) fn cache((major, minor): (i32, i32)) -> Option<PathBuf> {
     let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
     let caches = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home)?;
     Some(caches.join("colossal/kernels").join(format!("nvrtc-{major}.{minor}")))
@@ -269,7 +269,7 @@ fn read(path: &Path) -> Option<Vec<u8>> {
     std::fs::read(path).ok().filter(|image| image.starts_with(b"\x7fELF"))
 }
 
-fn write(path: &Path, image: &[u8]) -> std::io::Result<()> {
+pub(super) fn write(path: &Path, image: &[u8]) -> std::io::Result<()> {
     static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
     let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     if let Some(folder) = path.parent() {

@@ -1,11 +1,12 @@
 //! Streams: queues of work in order; and events, which order one after another.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytemuck::Pod;
-use cudarc::driver::sys::CUevent_flags;
+use cudarc::driver::sys::{CUevent, CUevent_flags, CUresult};
 use cudarc::driver::{CudaEvent, CudaStream, result};
 
+use super::blas::{Blas, Product};
 use super::device::Device;
 use super::error::{Doing, Error, Result};
 use super::memory::Pinned;
@@ -16,7 +17,11 @@ use super::slice::{Slice, SliceMut};
 pub struct Stream {
     device: Device,
     stream: Arc<CudaStream>,
+    /// Made when the first product asks for it.
+    blas: Arc<OnceLock<Option<Blas>>>,
 }
+
+type Elapsed = unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult;
 
 /// A point in a stream.
 #[derive(Debug)]
@@ -38,12 +43,26 @@ impl Stream {
     pub fn on(device: &Device) -> Result<Stream> {
         device.bind()?;
         let stream = device.context().new_stream().doing(device.ordinal(), "making a stream")?;
-        Ok(Stream { device: device.clone(), stream })
+        Ok(Stream { device: device.clone(), stream, blas: Arc::default() })
     }
 
     /// Its device.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Puts a product on it, if cuBLASLt is there and has an algorithm for it.
+    #[allow(dead_code)] // The launcher of products calls it.
+    pub(super) fn product(&self, product: &Product) -> Result<bool> {
+        if self.blas.get().is_none() {
+            let blas = Blas::new(&self.device)?;
+            // Of two threads that come at once the first's is kept.
+            let _ = self.blas.set(blas);
+        }
+        match self.blas.get() {
+            Some(Some(blas)) => blas.run(self, product),
+            _ => Ok(false),
+        }
     }
 
     /// cudarc's stream, for other libraries.
@@ -62,8 +81,17 @@ impl Stream {
 
     /// Marks the point that it has come to.
     pub fn record(&self) -> Result<Event> {
+        self.mark(CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// The same with the time at which it comes there: for [`Event::until`].
+    pub fn record_timed(&self) -> Result<Event> {
+        self.mark(CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    fn mark(&self, flags: CUevent_flags) -> Result<Event> {
         self.device.bind()?;
-        let event = self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        let event = self.stream.record_event(Some(flags));
         let event = event.doing(self.device.ordinal(), "recording an event")?;
         Ok(Event { device: self.device.clone(), event })
     }
@@ -173,6 +201,21 @@ impl Event {
     pub fn has_come(&self) -> Result<bool> {
         self.device.bind()?;
         self.event.try_is_complete().doing(self.device.ordinal(), "asking for an event")
+    }
+
+    /// Milliseconds from here to a later point; both recorded with their time. Waits for it.
+    pub fn until(&self, end: &Event) -> Result<f32> {
+        end.synchronize()?;
+        // Of two names of one function old drivers know the first alone.
+        let name = c"cuEventElapsedTime";
+        let elapsed = super::library::driver_function::<Elapsed>(name);
+        let mut milliseconds = 0.0;
+        // SAFETY: of this signature in all versions; both events have come.
+        let code = elapsed
+            .map(|f| unsafe { f(&mut milliseconds, self.event.cu_event(), end.event.cu_event()) });
+        let code = code.unwrap_or(CUresult::CUDA_ERROR_NOT_FOUND).result();
+        code.doing(self.device.ordinal(), "timing")?;
+        Ok(milliseconds)
     }
 
     /// Waits on the host until the stream has passed it.
