@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use colossal_kernels::{Isa, isa};
+use colossal_kernels::{Isa, cuda, isa};
 
 /// Cores, vector instructions and memory, each with advice where something is missing.
 pub fn report() -> String {
@@ -29,6 +29,54 @@ pub fn report() -> String {
             let _ = writeln!(text, "memory    unknown on this system");
         }
     }
+    text.push_str(&gpus());
+    text
+}
+
+/// GPUs and what they are used by, or why there is none.
+fn gpus() -> String {
+    let found = cuda::found();
+    let mut text = String::new();
+    match cuda::devices() {
+        Ok(devices) if devices.is_empty() => {
+            let _ = writeln!(text, "GPU       none: the driver is there and shows no device");
+        }
+        Ok(devices) => {
+            for device in devices {
+                let (free, all) = device.free_memory().unwrap_or((0, device.memory()));
+                let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+                let (free, all) = (gib(free), gib(all));
+                let _ = writeln!(text, "GPU       {device:?}: {free:.1} of {all:.1} GiB free");
+            }
+        }
+        Err(_) if !found.driver => {
+            let _ =
+                writeln!(text, "GPU       none: no driver (libcuda.so.1); everything runs on CPU");
+            return text;
+        }
+        Err(error) => {
+            let _ = writeln!(text, "GPU       {error}");
+        }
+    }
+    let _ = match found.nvrtc {
+        Some((major, minor)) => writeln!(text, "NVRTC     {major}.{minor}: compiles kernels"),
+        None => writeln!(
+            text,
+            "NVRTC     not found: pip install nvidia-cuda-nvrtc and name its folder in \
+             COLOSSAL_CUDA_PATH, or name a folder of built kernels in COLOSSAL_KERNELS"
+        ),
+    };
+    let _ = match found.cublaslt {
+        true => writeln!(text, "cuBLASLt  found: multiplies"),
+        false => writeln!(
+            text,
+            "cuBLASLt  not found: products run on kernels of our own, which are slower; pip install \
+             nvidia-cublas and name its folder in COLOSSAL_CUDA_PATH"
+        ),
+    };
+    for folder in &found.folders {
+        let _ = writeln!(text, "          from {}", folder.display());
+    }
     text
 }
 
@@ -47,6 +95,6 @@ mod tests {
     #[test]
     fn it_names_cores_vectors_and_memory() {
         let text = super::report();
-        assert!(["cores", "vectors", "memory"].iter().all(|w| text.contains(w)), "{text}");
+        assert!(["cores", "vectors", "memory", "GPU"].iter().all(|w| text.contains(w)), "{text}");
     }
 }

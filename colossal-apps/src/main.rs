@@ -12,9 +12,9 @@ use colossal_apps::train::{Task, TrainConfig, train};
 use colossal_apps::{chat, doctor, flight, launch, model, plan, report};
 use colossal_comm::Launch;
 use colossal_kernels::{Threads, profile, threads};
-use colossal_models::Dtype;
 use colossal_models::generate::Sampling;
 use colossal_models::train::Plan;
+use colossal_models::{Device, Dtype};
 
 /// Large models, made cheaper: train, inspect and run them.
 #[derive(Debug, Parser)]
@@ -23,6 +23,10 @@ struct Cli {
     /// Compute threads; as many as cores if not given.
     #[arg(long, global = true)]
     threads: Option<usize>,
+    /// Where tensors live: cpu, cuda, cuda:NUMBER, or auto, which is cuda where there is a GPU. Ranks
+    /// share the GPUs of a machine, each taking that of its number, counted round.
+    #[arg(long, global = true)]
+    device: Option<String>,
     /// Write a Chrome trace of all kernels here, and print where the time went against the
     /// machine's floor. For short runs: every call is kept.
     #[arg(long, global = true, value_name = "FILE")]
@@ -239,13 +243,16 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli, ranks: Option<usize>) -> ExitCode {
+    let device = cli.device.as_deref().unwrap_or("auto");
     let result = match &cli.command {
-        Command::Rlhf(fields) => return rlhf(fields, ranks),
+        Command::Rlhf(fields) => return rlhf(fields, cli.device.as_deref(), ranks),
         _ if ranks.is_some() && !matches!(cli.command, Command::Train { .. }) => {
             Err(anyhow::anyhow!("run -n N starts train and rlhf; the others run on one rank"))
         }
         Command::Run { .. } => Err(anyhow::anyhow!("run starts a command, not another run")),
-        Command::Train { task, fields } => run_training(*task, fields, ranks),
+        Command::Train { task, fields } => {
+            run_training(*task, fields, cli.device.as_deref(), ranks)
+        }
         Command::Chat {
             model,
             prompt,
@@ -265,12 +272,13 @@ fn run(cli: &Cli, ranks: Option<usize>) -> ExitCode {
                 seed: *seed,
                 ..Sampling::default()
             };
-            talk(model, *dtype, prompt.as_deref(), system.as_deref(), sampling)
+            let said = (prompt.as_deref(), system.as_deref());
+            talk(model, device, *dtype, said, sampling)
         }
         Command::Plan(command) => plan::run(command).map(|text| print!("{text}")),
         Command::Model(ModelCommand::Info { dir }) => model::info(dir).map(|text| print!("{text}")),
         Command::Model(ModelCommand::Logits { dir, ids, out, loss }) => {
-            model::logits(&model::Request { model: dir, ids, loss: *loss }, out)
+            model::logits(&model::Request { model: dir, ids, loss: *loss, device }, out)
         }
         Command::Doctor { flight: None } => {
             print!("{}", doctor::report());
@@ -329,13 +337,26 @@ fn spread(plan: &mut Plan, ranks: Option<usize>) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run_training(task: TaskName, fields: &Fields, ranks: Option<usize>) -> anyhow::Result<()> {
+/// Sets `plan.device` if there is a flag for it.
+fn place(plan: &mut Plan, device: Option<&str>) {
+    if let Some(device) = device {
+        plan.device = device.into();
+    }
+}
+
+fn run_training(
+    task: TaskName,
+    fields: &Fields,
+    device: Option<&str>,
+    ranks: Option<usize>,
+) -> anyhow::Result<()> {
     let given = fields.given()?;
     if !given.has("model") || !given.has("data") {
         anyhow::bail!("name the model and the data: --model and --data, or in --config FILE");
     }
     let mut config: TrainConfig = given.read(None)?;
     spread(&mut config.plan, ranks)?;
+    place(&mut config.plan, device);
     let task = match task {
         TaskName::Pretrain => Task::Pretrain,
         TaskName::Sft => Task::Sft,
@@ -351,16 +372,16 @@ fn run_training(task: TaskName, fields: &Fields, ranks: Option<usize>) -> anyhow
 
 fn talk(
     model: &Path,
+    device: &str,
     weights: Weights,
-    prompt: Option<&str>,
-    system: Option<&str>,
+    (prompt, system): (Option<&str>, Option<&str>),
     sampling: Sampling,
 ) -> anyhow::Result<()> {
     let dtype = match weights {
         Weights::F32 => Dtype::F32,
         Weights::Bf16 | Weights::Int8 => Dtype::Bf16,
     };
-    let mut chat = Chat::open(model, dtype, system, sampling)?;
+    let mut chat = Chat::open(model, &Device::named(device, 0)?, dtype, system, sampling)?;
     if matches!(weights, Weights::Int8) {
         chat = chat.quantize_int8()?;
     }
@@ -381,7 +402,7 @@ fn failed(error: &anyhow::Error) -> ExitCode {
 }
 
 /// Runs the pipeline; the exit code says whether alignment worked.
-fn rlhf(fields: &Fields, ranks: Option<usize>) -> ExitCode {
+fn rlhf(fields: &Fields, device: Option<&str>, ranks: Option<usize>) -> ExitCode {
     let run = || -> anyhow::Result<Outcome> {
         let given = fields.given()?;
         let defaults = match given.has("model") {
@@ -390,6 +411,7 @@ fn rlhf(fields: &Fields, ranks: Option<usize>) -> ExitCode {
         };
         let mut run = given.read(Some(&defaults))?;
         spread(&mut run.plan, ranks)?;
+        place(&mut run.plan, device);
         let outcome = chat::rlhf::rlhf(&run)?;
         let path = report::write(&run, &outcome)?;
         println!("{}", report::summary(&outcome));

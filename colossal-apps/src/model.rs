@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use colossal_models::train::{Batch, lm_loss};
-use colossal_models::{Dtype, Scope, Tensor, Tokens, hf};
+use colossal_models::{Device, Dtype, Scope, Tensor, Tokens, hf};
 use colossal_tensor::no_grad;
 use colossal_tensor::safetensors::{Owned, save};
 
@@ -19,6 +19,8 @@ pub struct Request<'a> {
     pub ids: &'a Path,
     /// Also the loss and every gradient.
     pub loss: bool,
+    /// Where: `auto`, `cpu`, `cuda` or `cuda:NUMBER`.
+    pub device: &'a str,
 }
 
 /// Family, sizes and the ten largest parameters, as text.
@@ -49,7 +51,10 @@ pub fn logits(request: &Request<'_>, out: &Path) -> Result<()> {
     if seq == 0 || rows.iter().any(|r| r.len() != seq) {
         bail!("{shown}: rows must have one length of at least 1; pad or cut them");
     }
-    let model = hf::load(request.model, &Scope::solo(), Dtype::F32, None)?;
+    let model = {
+        let device = Device::named(request.device, 0)?;
+        hf::load(request.model, &Scope::solo().on(&device), Dtype::F32, None)?
+    };
     let ids: Vec<i32> = rows.concat();
     let mut tensors = BTreeMap::new();
     let y = no_grad(|| model.forward(Tokens::new(model.scope(), &ids, seq)?))?;
@@ -95,7 +100,7 @@ mod tests {
         let ids = reference.get("ids").unwrap().to_ints().unwrap();
         let (path, out) = (dir.path().join("ids.json"), dir.path().join("out.safetensors"));
         std::fs::write(&path, format!("[{:?}, {:?}]", &ids[..7], &ids[7..])).unwrap();
-        logits(&Request { model: &golden(), ids: &path, loss: true }, &out).unwrap();
+        logits(&Request { model: &golden(), ids: &path, loss: true, device: "cpu" }, &out).unwrap();
         let ours = Archive::open(&[out]).unwrap();
         for name in
             reference.names().filter(|n| *n == "logits" || *n == "loss" || n.starts_with("grad."))
@@ -116,7 +121,7 @@ mod tests {
             [("{", "list of lists"), ("[[1],[2,3]]", "one length"), ("[[99]]", "tokenizer")]
         {
             std::fs::write(&path, text).unwrap();
-            let request = Request { model: &golden(), ids: &path, loss: false };
+            let request = Request { model: &golden(), ids: &path, loss: false, device: "cpu" };
             let error = format!("{:#}", logits(&request, &dir.path().join("out")).unwrap_err());
             assert!(error.contains(words), "{error}");
         }

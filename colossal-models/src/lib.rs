@@ -11,5 +11,5 @@ pub mod mixtral;
 #[cfg(feature = "train")]
 pub mod train;
 
-pub use colossal_tensor::{Dtype, Error, Group, Mesh, Result, Scope, Tensor, no_grad};
+pub use colossal_tensor::{Device, Dtype, Error, Group, Mesh, Result, Scope, Tensor, no_grad};
 pub use decoder::{CausalLm, Decoder, DecoderConfig, Head, Tokens, Training};

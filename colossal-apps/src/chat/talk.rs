@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use colossal_models::generate::{Sampling, generate};
-use colossal_models::{CausalLm, Dtype, Head, Scope, hf};
+use colossal_models::{CausalLm, Device, Dtype, Head, Scope, hf};
 
 use crate::dataset::Message;
 use crate::tokenizer::ChatTokenizer;
@@ -20,15 +20,16 @@ pub struct Chat {
 }
 
 impl Chat {
-    /// Opens a Hugging Face folder or a GGUF file; `system` comes before the first turn.
+    /// Opens a Hugging Face folder or a GGUF file on `device`; `system` comes before the first turn.
     pub fn open(
         path: &Path,
+        device: &Device,
         dtype: Dtype,
         system: Option<&str>,
         sampling: Sampling,
     ) -> Result<Chat> {
         let tokenizer = ChatTokenizer::open(path)?;
-        let model = hf::load(path, &Scope::solo(), dtype, None)?;
+        let model = hf::load(path, &Scope::solo().on(device), dtype, None)?;
         if model.config.head() != Head::Lm {
             bail!("{}: has a score head and cannot speak; use a language model", path.display());
         }
@@ -130,7 +131,8 @@ mod tests {
         let model = CausalLm::new(&Scope::solo(), &config, 1, Dtype::F32).unwrap();
         hf::save(&model, dir.path(), usize::MAX).unwrap();
         let sampling = Sampling { max_new_tokens: 8, ..Sampling::default() };
-        let mut chat = Chat::open(dir.path(), Dtype::F32, Some("be"), sampling).unwrap();
+        let mut chat =
+            Chat::open(dir.path(), &Device::Cpu, Dtype::F32, Some("be"), sampling).unwrap();
         let mut out = vec![];
         let text = chat.answer("hello", &mut out).unwrap();
         assert!(text.starts_with(String::from_utf8(out).unwrap().as_str()));

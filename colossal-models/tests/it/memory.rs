@@ -5,7 +5,7 @@ use colossal_models::DecoderConfig;
 use colossal_models::gpt2::Gpt2Config;
 use colossal_models::llama::LlamaConfig;
 use colossal_models::train::{AdamW, Batch, Plan, Trainer};
-use colossal_tensor::storage::memory_stats;
+use colossal_tensor::storage::memory_stats_of;
 
 /// After warm-up the allocator serves every tensor from what earlier steps gave back.
 #[test]
@@ -30,7 +30,7 @@ fn a_later_step_takes_nothing_from_the_system() {
                 (0..6)
                     .map(|_| {
                         trainer.step(&batch).unwrap();
-                        memory_stats().system_allocations
+                        memory_stats_of(trainer.model.scope().device()).system_allocations
                     })
                     .collect::<Vec<_>>()
             });

@@ -15,7 +15,7 @@ use colossal_models::{CausalLm, Decoder, DecoderConfig, Group, Scope, Training, 
 use colossal_tensor::moe::Balance;
 use colossal_tensor::random::Stream;
 use colossal_tensor::safetensors::Owned;
-use colossal_tensor::storage::{memory_stats, reset_peak};
+use colossal_tensor::storage::{memory_stats_of, reset_peak};
 use colossal_tensor::{Dim, Dtype, Stack, Tensor, fake};
 
 pub(crate) fn llama() -> DecoderConfig {
@@ -456,9 +456,9 @@ fn pretended_bytes_of_every_plan_equal_the_counters() {
                 groups.map(|g| g.counters().bytes() as usize).collect()
             };
             let model = CausalLm::new(&scope, &config, 3, Dtype::F32).unwrap();
-            let (start, base) = (sent(), memory_stats().in_use);
+            let (start, base) = (sent(), memory_stats_of(scope.device()).in_use);
             let loss = loss(model, &scope).unwrap();
-            let (middle, held) = (sent(), memory_stats().in_use - base);
+            let (middle, held) = (sent(), memory_stats_of(scope.device()).in_use - base);
             loss.backward().unwrap();
             let end = sent();
             let both = start.iter().zip(&middle).zip(&end);
@@ -521,12 +521,12 @@ fn ring_attention_runs_32k_tokens_on_four_ranks_in_a_quarter_of_the_memory() {
         let scope = plan.scope(world).unwrap();
         let model = CausalLm::new(&scope, &config, 3, Dtype::F32).unwrap();
         reset_peak();
-        let base = memory_stats().in_use;
+        let base = memory_stats_of(scope.device()).in_use;
         let loss = lm_loss(&model, &batch, None).unwrap();
-        let held = memory_stats().in_use - base;
+        let held = memory_stats_of(scope.device()).in_use - base;
         let value = loss.to_vec().unwrap()[0];
         drop(loss.backward().unwrap());
-        (held as f64, (memory_stats().peak - base) as f64, value)
+        (held as f64, (memory_stats_of(scope.device()).peak - base) as f64, value)
     };
     let (held, peak, loss) = measure(&Group::solo(), &Plan::default());
     let plan = context(SequenceMode::RingAttn, 4, Plan::default());
