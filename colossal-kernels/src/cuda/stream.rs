@@ -1,6 +1,6 @@
 //! Streams: queues of work in order; and events, which order one after another.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use bytemuck::Pod;
 use cudarc::driver::sys::{CUevent, CUevent_flags, CUresult};
@@ -9,7 +9,7 @@ use cudarc::driver::{CudaEvent, CudaStream, result};
 use super::blas::{Blas, Product};
 use super::device::Device;
 use super::error::{Doing, Error, Result};
-use super::memory::Pinned;
+use super::memory::{Block, Pinned};
 use super::slice::{Slice, SliceMut};
 
 /// A queue of work on a device, done in the order in which it was put there.
@@ -19,6 +19,8 @@ pub struct Stream {
     stream: Arc<CudaStream>,
     /// Made when the first product asks for it.
     blas: Arc<OnceLock<Option<Blas>>>,
+    /// Scratch of kernels, grown to the largest need.
+    scratch: Arc<Mutex<Vec<Block>>>,
 }
 
 type Elapsed = unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult;
@@ -43,12 +45,33 @@ impl Stream {
     pub fn on(device: &Device) -> Result<Stream> {
         device.bind()?;
         let stream = device.context().new_stream().doing(device.ordinal(), "making a stream")?;
-        Ok(Stream { device: device.clone(), stream, blas: Arc::default() })
+        let (blas, scratch) = (Arc::default(), Arc::default());
+        Ok(Stream { device: device.clone(), stream, blas, scratch })
     }
 
     /// Its device.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Lends `len` elements of scratch (unspecified values) to what `f` puts on the stream, in
+    /// whose order they are used again. May be nested.
+    #[allow(dead_code)] // Launchers call it.
+    pub(super) fn with_scratch<T: Pod, R>(
+        &self,
+        len: usize,
+        f: impl FnOnce(SliceMut<'_, T>) -> Result<R>,
+    ) -> Result<R> {
+        let kept = || self.scratch.lock().unwrap_or_else(|e| e.into_inner());
+        let bytes = len * size_of::<T>();
+        let known = kept().pop().filter(|block| block.capacity() >= bytes);
+        let mut block = match known {
+            Some(block) => block,
+            None => Block::new(&self.device, bytes.next_multiple_of(1 << 20))?,
+        };
+        let result = f(block.slice_mut(0..len));
+        kept().push(block);
+        result
     }
 
     /// Puts a product on it, if cuBLASLt is there and has an algorithm for it.
