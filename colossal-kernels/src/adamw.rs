@@ -34,7 +34,7 @@ fn update(p: f32, g: f32, m: &mut f32, v: &mut f32, f: &Factors) -> f32 {
 }
 
 impl AdamW {
-    fn factors(&self, t: u32, grad_scale: f32) -> Factors {
+    pub(crate) fn factors(&self, t: u32, grad_scale: f32) -> Factors {
         let t = t.max(1) as i32;
         let bias1 = 1.0 - f64::from(self.beta1).powi(t);
         let bias2 = 1.0 - f64::from(self.beta2).powi(t);

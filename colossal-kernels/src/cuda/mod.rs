@@ -22,21 +22,46 @@
 //! # }
 //! ```
 
+mod activation;
 mod blas;
+mod cast;
+mod cross_entropy;
 mod device;
+mod elementwise;
+mod embedding;
 mod error;
+mod launch;
 mod library;
 mod memory;
 mod module;
+mod norm;
+mod optimizer;
+mod reduce;
+mod rope;
+mod rows;
 mod slice;
+mod softmax;
 mod stream;
 
+pub use activation::{
+    gelu, gelu_backward, gelu_tanh, gelu_tanh_backward, relu, relu_backward, silu, silu_backward,
+    swiglu, swiglu_backward,
+};
+pub use cast::cast;
+pub use cross_entropy::{cross_entropy, cross_entropy_backward, logits_stats};
 pub use device::{Device, devices};
+pub use elementwise::{add, add_assign, add_bias, add_into, axpy, fill, mul, scale, sub};
+pub use embedding::{embedding, embedding_backward};
 pub use error::{Error, Result};
 pub use library::{Found, found};
 pub use memory::{Block, Pinned};
 pub use module::{Function, Grid, Source};
-#[allow(unused_imports)] // The launchers use them.
 pub(crate) use module::{args, source};
+pub use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
+pub use optimizer::{adamw, adamw_masters, lion, scale_many, sum_of_squares, sum_of_squares_many};
+pub use reduce::{max, sum, sum_last, sum_rows};
+pub use rope::{rope, rope_backward};
+pub use rows::{combine_rows, combine_rows_backward};
 pub use slice::{Arg, Slice, SliceMut};
+pub use softmax::{log_softmax, log_softmax_backward, softmax, softmax_backward};
 pub use stream::{Event, Stream, Transfer};

@@ -29,7 +29,6 @@ pub struct Source {
 }
 
 /// The file `cuda/<name>.cu` behind what all kernels stand on.
-#[allow(unused_macros)] // The launchers use it.
 macro_rules! source {
     ($name:literal) => {
         $crate::cuda::Source {
@@ -44,7 +43,6 @@ macro_rules! source {
 pub(crate) use source;
 
 /// Arguments of a launch.
-#[allow(unused_macros)] // The launchers use it.
 macro_rules! args {
     ($($arg:expr),* $(,)?) => { &[$(&$arg as &dyn $crate::cuda::Arg),*] };
 }
@@ -224,6 +222,8 @@ impl Source {
         }
         let mut options: Vec<String> =
             ["--std=c++17", "--ptxas-options=-v", "--fmad=true"].map(String::from).into();
+        // Lambdas of kernels carry no mark of their own.
+        options.push("--device-as-default-execution-space".into());
         options.push(format!("--gpu-architecture={arch}"));
         options.extend(defines.iter().map(|(k, v)| format!("-D{k}={v}")));
         let failed = |log: String| Error::Compile { kernel, arch: arch.into(), log };

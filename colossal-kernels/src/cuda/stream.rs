@@ -56,7 +56,6 @@ impl Stream {
 
     /// Lends `len` elements of scratch (unspecified values) to what `f` puts on the stream, in
     /// whose order they are used again. May be nested.
-    #[allow(dead_code)] // Launchers call it.
     pub(super) fn with_scratch<T: Pod, R>(
         &self,
         len: usize,

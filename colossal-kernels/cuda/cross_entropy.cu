@@ -1,0 +1,60 @@
+// Softmax cross-entropy without a copy of the logits. Bound: memory; forward reads the logits once,
+// backward reads and writes them once.
+
+#define K WIDTH<T>
+
+// A block a row.
+extern "C" __global__ void __launch_bounds__(512)
+    cross_entropy(const T* __restrict__ logits, const int* __restrict__ targets, u32 vocab, int ignore,
+                  float* __restrict__ loss, float* __restrict__ lse) {
+  logits += (u64)blockIdx.x * vocab;
+  row_wise<K>(vocab, aligned(logits), [&](auto lanes) {
+    constexpr int N = lanes.n;
+    const RowStats s = row_stats<N>(logits, vocab);
+    if (threadIdx.x == 0) {
+      const int t = targets[blockIdx.x];
+      const float z = s.max + logf(s.sum);
+      lse[blockIdx.x] = z;
+      loss[blockIdx.x] = t != ignore && (u32)t < vocab ? z - widen(logits[t]) : 0.0f;
+    }
+  });
+}
+KERNEL(cross_entropy)
+
+// In place: logits = dloss (softmax(logits) - onehot). A grid of (columns, rows), rows by turns.
+extern "C" __global__ void __launch_bounds__(256)
+    cross_entropy_backward(const float* __restrict__ dloss, const int* __restrict__ targets, u32 rows, u32 vocab,
+                           int ignore, const float* __restrict__ lse, T* __restrict__ logits) {
+  for (u32 row = blockIdx.y; row < rows; row += gridDim.y) {
+    T* const x = logits + (u64)row * vocab;
+    const int t = targets[row];
+    const float d = dloss[row], z = lse[row];
+    const bool none = t == ignore || d == 0.0f;
+    each<K>(vocab, aligned(x), [&](u64 i, auto lanes) {
+      constexpr int N = lanes.n;
+      Floats<N> p;
+      if (none) {
+        for (int k = 0; k < N; ++k) p.v[k] = 0.0f;
+      } else {
+        p = load<N>(x + i);
+        for (int k = 0; k < N; ++k) p.v[k] = d * (expf(p.v[k] - z) - (i + k == (u64)(u32)t ? 1.0f : 0.0f));
+      }
+      store(x + i, p);
+    });
+  }
+}
+KERNEL(cross_entropy_backward)
+
+extern "C" __global__ void __launch_bounds__(512)
+    logits_stats(const T* __restrict__ logits, u32 vocab, float* __restrict__ max, float* __restrict__ sum) {
+  logits += (u64)blockIdx.x * vocab;
+  row_wise<K>(vocab, aligned(logits), [&](auto lanes) {
+    constexpr int N = lanes.n;
+    const RowStats s = row_stats<N>(logits, vocab);
+    if (threadIdx.x == 0) {
+      max[blockIdx.x] = s.max;
+      sum[blockIdx.x] = s.sum;
+    }
+  });
+}
+KERNEL(logits_stats)

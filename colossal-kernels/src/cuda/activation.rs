@@ -1,0 +1,78 @@
+//! Activations and their gradients.
+
+use super::launch::vectors;
+use super::{Result, Slice, SliceMut, Source, Stream, args, source};
+use crate::elementwise::check;
+use crate::float::Float;
+
+static ACTIVATION: Source = source!("activation");
+
+macro_rules! activation {
+    ($(#[$doc:meta])* $name:ident, $backward:ident) => {
+        $(#[$doc])*
+        pub fn $name<T: Float>(stream: &Stream, x: Slice<'_, T>, y: SliceMut<'_, T>) -> Result<()> {
+            check(stringify!($name), x.len(), y.len());
+            let f = stream.function(&ACTIVATION, &[("TYPE", T::CUDA)], stringify!($name))?;
+            f.launch(vectors::<T>(x.len()), args![x, y, x.len() as u64])
+        }
+
+        #[doc = concat!("`dx = dy * f'(x)` for [`", stringify!($name), "`].")]
+        pub fn $backward<T: Float>(
+            stream: &Stream,
+            dy: Slice<'_, T>,
+            x: Slice<'_, T>,
+            dx: SliceMut<'_, T>,
+        ) -> Result<()> {
+            check(stringify!($backward), dy.len(), x.len());
+            check(stringify!($backward), dy.len(), dx.len());
+            let f = stream.function(&ACTIVATION, &[("TYPE", T::CUDA)], stringify!($backward))?;
+            f.launch(vectors::<T>(x.len()), args![dy, x, dx, x.len() as u64])
+        }
+    };
+}
+
+activation! {
+    /// `x * sigmoid(x)`.
+    silu, silu_backward
+}
+activation! {
+    /// `max(x, 0)`.
+    relu, relu_backward
+}
+activation! {
+    /// `x * Phi(x)` by the error function.
+    gelu, gelu_backward
+}
+activation! {
+    /// GELU by tanh.
+    gelu_tanh, gelu_tanh_backward
+}
+
+/// `y = silu(gate) * up`.
+pub fn swiglu<T: Float>(
+    stream: &Stream,
+    gate: Slice<'_, T>,
+    up: Slice<'_, T>,
+    y: SliceMut<'_, T>,
+) -> Result<()> {
+    check("swiglu", gate.len(), up.len());
+    check("swiglu", gate.len(), y.len());
+    let f = stream.function(&ACTIVATION, &[("TYPE", T::CUDA)], "swiglu")?;
+    f.launch(vectors::<T>(y.len()), args![gate, up, y, y.len() as u64])
+}
+
+/// Gradients of [`swiglu`] with respect to both operands.
+pub fn swiglu_backward<T: Float>(
+    stream: &Stream,
+    dy: Slice<'_, T>,
+    gate: Slice<'_, T>,
+    up: Slice<'_, T>,
+    dgate: SliceMut<'_, T>,
+    dup: SliceMut<'_, T>,
+) -> Result<()> {
+    for len in [gate.len(), up.len(), dgate.len(), dup.len()] {
+        check("swiglu_backward", dy.len(), len);
+    }
+    let f = stream.function(&ACTIVATION, &[("TYPE", T::CUDA)], "swiglu_backward")?;
+    f.launch(vectors::<T>(dy.len()), args![dy, gate, up, dgate, dup, dy.len() as u64])
+}

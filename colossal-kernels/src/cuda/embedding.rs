@@ -1,0 +1,37 @@
+//! Rows of a table, and gradients scattered back.
+
+use super::launch::per_row;
+use super::{Grid, Result, Slice, SliceMut, Source, Stream, args, source};
+use crate::float::Float;
+
+static EMBEDDING: Source = source!("embedding");
+
+/// `y[i] = table[ids[i]]`; ids outside the table give zeros (another rank holds that row).
+pub fn embedding<T: Float>(
+    stream: &Stream,
+    ids: Slice<'_, i32>,
+    table: Slice<'_, T>,
+    dim: usize,
+    y: SliceMut<'_, T>,
+) -> Result<()> {
+    assert_eq!(y.len(), ids.len() * dim, "embedding: y must have one row per id");
+    let entries = table.len().checked_div(dim).unwrap_or(0) as u64;
+    let f = stream.function(&EMBEDDING, &[("TYPE", T::CUDA)], "embedding")?;
+    f.launch(per_row::<T>(ids.len(), dim, 256), args![ids, table, entries, dim as u32, y])
+}
+
+/// `dtable[ids[i]] += dy[i]`; ids outside the table are skipped. Repeated ids are added in order.
+pub fn embedding_backward<T: Float>(
+    stream: &Stream,
+    ids: Slice<'_, i32>,
+    dy: Slice<'_, T>,
+    dim: usize,
+    dtable: SliceMut<'_, f32>,
+) -> Result<()> {
+    assert_eq!(dy.len(), ids.len() * dim, "embedding_backward: dy must have one row per id");
+    let entries = dtable.len().checked_div(dim).unwrap_or(0) as u64;
+    let f = stream.function(&EMBEDDING, &[("TYPE", T::CUDA)], "embedding_backward")?;
+    let columns = dim.div_ceil(256 * 16 / size_of::<T>()) as u32;
+    let grid = Grid { blocks: [ids.len() as u32, columns, 1], ..Grid::line(1, 256) };
+    f.launch(grid, args![ids, ids.len() as u32, dy, dim as u32, dtable, entries])
+}

@@ -1,0 +1,13 @@
+//! Every CUDA kernel against its CPU twin, which `it.rs` holds to the plain forms: on a GPU where
+//! there is one, else on the stand-in driver (`cargo xtask stand-in`).
+//!
+//! Without a driver there is nothing to run on; `COLOSSAL_CUDA=required` makes that a failure.
+
+#[path = "cuda/check.rs"]
+mod check;
+#[path = "cuda/elementwise.rs"]
+mod elementwise;
+#[path = "cuda/optimizer.rs"]
+mod optimizer;
+#[path = "cuda/rows.rs"]
+mod rows;
