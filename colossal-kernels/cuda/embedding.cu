@@ -40,38 +40,29 @@ extern "C" __global__ void __launch_bounds__(256)
     __syncthreads();
     if (any) return;
   }
-  row_wise<K>(dim, aligned(dy, dtable), [&](auto lanes) {
-    constexpr int N = lanes.n;
-    const u32 column = (blockIdx.y * blockDim.x + threadIdx.x) * K;
-    // K columns of this thread, as one vector or one by one.
-    Floats<N> sums[K / N];
-#pragma unroll
-    for (int v = 0; v < K / N; ++v)
-      if (column + v * N < dim) sums[v] = load<N>(dtable + (u64)id * dim + column + v * N);
-    for (u32 from = self; from < tokens; from += blockDim.x) {
-      const u32 j = from + threadIdx.x;
-      const u32 hits = warp_ballot(j < tokens && ids[j] == id);
-      if (lane == 0) counts[warp] = popcount(hits);
-      __syncthreads();
-      u32 before = 0, all = 0;
-      for (u32 w = 0; w < 8; ++w) {
-        if (w < warp) before += counts[w];
-        all += counts[w];
-      }
-      if (hits >> lane & 1) matches[before + popcount(hits & ((1u << lane) - 1))] = j;
-      __syncthreads();
-      for (u32 m = 0; m < all; ++m)
-    #pragma unroll
-    for (int v = 0; v < K / N; ++v)
-          if (column + v * N < dim) {
-            const auto d = load<N>(dy + (u64)matches[m] * dim + column + v * N);
-            for (int k = 0; k < N; ++k) sums[v].v[k] += d.v[k];
-          }
-      __syncthreads();
+  const u32 column = (blockIdx.y * blockDim.x + threadIdx.x) * K;
+  const u32 width = column < dim ? min((u32)K, dim - column) : 0;
+  const bool vectors = width == K && dim % K == 0 && aligned(dy, dtable);
+  float* const to = dtable + (u64)id * dim + column;
+  Floats<K> sums = load_part<K>(to, width, vectors);
+  for (u32 from = self; from < tokens; from += blockDim.x) {
+    const u32 j = from + threadIdx.x;
+    const u32 hits = warp_ballot(j < tokens && ids[j] == id);
+    if (lane == 0) counts[warp] = popcount(hits);
+    __syncthreads();
+    u32 before = 0, all = 0;
+    for (u32 w = 0; w < 8; ++w) {
+      if (w < warp) before += counts[w];
+      all += counts[w];
     }
-#pragma unroll
-    for (int v = 0; v < K / N; ++v)
-      if (column + v * N < dim) store(dtable + (u64)id * dim + column + v * N, sums[v]);
-  });
+    if (hits >> lane & 1) matches[before + popcount(hits & ((1u << lane) - 1))] = j;
+    __syncthreads();
+    for (u32 m = 0; m < all; ++m) {
+      const auto d = load_part<K>(dy + (u64)matches[m] * dim + column, width, vectors);
+      for (int k = 0; k < K; ++k) sums.v[k] += d.v[k];
+    }
+    __syncthreads();
+  }
+  store_part<K>(to, sums, width, vectors);
 }
 KERNEL(embedding_backward)

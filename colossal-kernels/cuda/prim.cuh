@@ -81,6 +81,20 @@ template <int K, class E> INLINE void store(E* p, const Floats<K>& x) {
   *reinterpret_cast<Vec<E, K>*>(p) = y;
 }
 
+/// The first `width` of K elements, zeros beyond: as one vector, or one by one.
+template <int K, class E> INLINE Floats<K> load_part(const E* p, u32 width, bool vector) {
+  if (vector) return load<K>(p);
+  Floats<K> y;
+#pragma unroll
+  for (u32 k = 0; k < K; ++k) y.v[k] = k < width ? widen(p[k]) : 0.0f;
+  return y;
+}
+template <int K, class E> INLINE void store_part(E* p, const Floats<K>& x, u32 width, bool vector) {
+  if (vector) return store(p, x);
+#pragma unroll
+  for (u32 k = 0; k < K; ++k) if (k < width) narrow(x.v[k], p[k]);
+}
+
 template <class... P> INLINE bool aligned(P... p) { return ((reinterpret_cast<u64>(p) | ...) & 15) == 0; }
 
 /// `f(i, lanes)` for elements i .. i + lanes of n: whole vectors where all operands allow it. One
