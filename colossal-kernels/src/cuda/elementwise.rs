@@ -5,7 +5,7 @@ use super::{Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::elementwise::check;
 use crate::float::Float;
 
-static ELEMENTWISE: Source = source!("elementwise");
+pub(super) static ELEMENTWISE: Source = source!("elementwise");
 
 macro_rules! binary {
     ($(#[$doc:meta])* $name:ident) => {

@@ -4,7 +4,7 @@ use super::launch::per_row;
 use super::{Grid, Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::float::Float;
 
-static EMBEDDING: Source = source!("embedding");
+pub(super) static EMBEDDING: Source = source!("embedding");
 
 /// `y[i] = table[ids[i]]`; ids outside the table give zeros (another rank holds that row).
 pub fn embedding<T: Float>(

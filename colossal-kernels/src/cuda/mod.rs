@@ -25,6 +25,7 @@
 mod activation;
 mod blas;
 mod cast;
+mod catalog;
 mod cross_entropy;
 mod device;
 mod elementwise;
@@ -48,6 +49,7 @@ pub use activation::{
     swiglu, swiglu_backward,
 };
 pub use cast::cast;
+pub use catalog::{Build, catalog};
 pub use cross_entropy::{cross_entropy, cross_entropy_backward, logits_stats};
 pub use device::{Device, devices};
 pub use elementwise::{add, add_assign, add_bias, add_into, axpy, fill, mul, scale, sub};

@@ -158,6 +158,11 @@ fn load(
     defines: &[(&str, &str)],
     name: &str,
 ) -> Result<Loaded> {
+    debug_assert!(
+        super::catalog::lists(source, defines),
+        "{} under {defines:?} is missing in the catalog of kernels",
+        source.name
+    );
     let image = source.image(&device.arch(), defines)?;
     let ordinal = device.ordinal();
     let name = CString::new(name).unwrap_or_default();

@@ -6,7 +6,7 @@ use super::{Grid, Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::elementwise::check;
 use crate::float::Float;
 
-static NORM: Source = source!("norm");
+pub(super) static NORM: Source = source!("norm");
 
 /// `y = x * rstd * weight`, `rstd = 1 / sqrt(mean(x²) + eps)` kept per row.
 pub fn rms_norm<T: Float>(

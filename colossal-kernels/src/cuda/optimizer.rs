@@ -6,7 +6,7 @@ use crate::elementwise::check;
 use crate::float::Float;
 use crate::{AdamW, Lion};
 
-static OPTIMIZER: Source = source!("optimizer");
+pub(super) static OPTIMIZER: Source = source!("optimizer");
 
 /// Step `t` (from 1) of [`AdamW`] with every gradient multiplied by `grad_scale`: the twin of
 /// [`AdamW::step_grad_scale`].

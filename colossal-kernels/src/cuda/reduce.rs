@@ -4,7 +4,7 @@ use super::launch::{per_row, resident};
 use super::{Grid, Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::float::Float;
 
-static REDUCE: Source = source!("reduce");
+pub(super) static REDUCE: Source = source!("reduce");
 
 /// Elements that a block reduces, and how many blocks there are.
 pub(super) fn spans(stream: &Stream, n: usize) -> (usize, usize) {

@@ -4,7 +4,7 @@ use super::launch::per_row;
 use super::{Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::float::Float;
 
-static ROPE: Source = source!("rope");
+pub(super) static ROPE: Source = source!("rope");
 
 /// Rotates `x [tokens, heads, head_dim]`; `cos` and `sin` are `[positions, head_dim / 2]`, and no
 /// position lies beyond them.

@@ -4,7 +4,7 @@ use super::launch::per_row;
 use super::{Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::float::Float;
 
-static ROWS: Source = source!("rows");
+pub(super) static ROWS: Source = source!("rows");
 
 /// `y[t] = sum over j of weights[t, j] * rows[at[t, j]]`; a negative place counts as zeros.
 /// `at` and `weights` are `[tokens, k]`, `rows` `[.., width]`, `y` `[tokens, width]`; no place lies

@@ -5,7 +5,7 @@ use super::{Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::elementwise::check;
 use crate::float::Float;
 
-static SOFTMAX: Source = source!("softmax");
+pub(super) static SOFTMAX: Source = source!("softmax");
 
 fn forward<T: Float>(
     stream: &Stream,
