@@ -3,6 +3,8 @@
 //!
 //! Without a driver there is nothing to run on; `COLOSSAL_CUDA=required` makes that a failure.
 
+#[path = "cuda/attention.rs"]
+mod attention;
 #[path = "cuda/check.rs"]
 mod check;
 #[path = "cuda/elementwise.rs"]

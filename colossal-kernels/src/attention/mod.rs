@@ -136,7 +136,7 @@ impl AttentionShape<'_> {
         }
     }
 
-    fn check(&self, q: usize, k: usize, v: usize, out: usize, lse: usize) {
+    pub(crate) fn check(&self, q: usize, k: usize, v: usize, out: usize, lse: usize) {
         let row = self.heads * self.head_dim;
         assert!(
             self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads),

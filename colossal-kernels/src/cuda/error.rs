@@ -70,6 +70,15 @@ pub enum Error {
         log: String,
     },
 
+    /// No kernel was written for it.
+    #[error("CUDA: {kernel}: {reason}; run it on the CPU (--device cpu)")]
+    Unsupported {
+        /// The kernel.
+        kernel: &'static str,
+        /// What it was asked for, and what it is built for.
+        reason: String,
+    },
+
     /// A library of CUDA refuses a call.
     #[error("CUDA: {library} refuses {what} on device {ordinal}: {reason}")]
     Library {

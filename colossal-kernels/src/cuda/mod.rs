@@ -23,6 +23,7 @@
 //! ```
 
 mod activation;
+mod attention;
 mod blas;
 mod cast;
 mod catalog;
@@ -48,6 +49,7 @@ pub use activation::{
     gelu, gelu_backward, gelu_tanh, gelu_tanh_backward, relu, relu_backward, silu, silu_backward,
     swiglu, swiglu_backward,
 };
+pub use attention::{flash_attention, flash_attention_backward};
 pub use cast::cast;
 pub use catalog::{Build, catalog};
 pub use cross_entropy::{cross_entropy, cross_entropy_backward, logits_stats};

@@ -1,0 +1,217 @@
+//! Flash attention and its gradient.
+//!
+//! Kernels are compiled per size of a head, rounded up to 16 (32 beyond 128), at most 256.
+
+use std::ffi::c_void;
+
+use super::{Arg, Error, Function, Grid, Result, Slice, SliceMut, Source, Stream, args, source};
+use crate::attention::AttentionShape;
+use crate::float::Float;
+
+static ATTENTION: Source = source!("attention");
+
+/// Rows of a block.
+const ROWS: usize = 64;
+
+/// `Shape` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    q_len: u32,
+    kv_len: u32,
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    causal: u32,
+    window: u32,
+    scale: f32,
+    kv_stride: u64,
+    bias_batch: u64,
+    bias_head: u64,
+    q_lens: u64,
+    kv_lens: u64,
+    bias: u64,
+}
+
+// SAFETY: laid out as the kernels' struct of the same fields.
+unsafe impl Arg for Shape {
+    fn pointer(&self) -> *mut c_void {
+        std::ptr::from_ref(self).cast_mut().cast()
+    }
+}
+
+/// The kernels for one size of a head, and a call's shape.
+struct Call<'a> {
+    stream: &'a Stream,
+    shape: Shape,
+    /// The size of a head in shared memory.
+    room: usize,
+    label: String,
+    ty: &'static str,
+    element: usize,
+}
+
+impl<'a> Call<'a> {
+    /// Lends `f` the call, with lengths and bias on the device.
+    fn with<T: Float>(
+        stream: &'a Stream,
+        s: &AttentionShape<'_>,
+        f: impl FnOnce(&Call<'a>) -> Result<()>,
+    ) -> Result<()> {
+        let tile = if s.head_dim > 128 { 32 } else { 16 };
+        let room = s.head_dim.next_multiple_of(tile).max(tile);
+        if room > 256 {
+            return Err(Error::Unsupported {
+                kernel: "attention",
+                reason: format!("heads of {} channels; it is built for up to 256", s.head_dim),
+            });
+        }
+        let parts: [Option<&[u8]>; 3] = [
+            s.q_lens.map(bytemuck::cast_slice),
+            s.kv_lens.map(bytemuck::cast_slice),
+            s.bias.map(|b| bytemuck::cast_slice(b.data)),
+        ];
+        let sizes = parts.map(|part| part.map_or(0, |p| p.len().next_multiple_of(16)));
+        stream.with_scratch::<u8, _>(sizes.iter().sum(), |mut scratch| {
+            let (mut at, mut addresses) = (0, [0; 3]);
+            for ((part, size), address) in parts.into_iter().zip(sizes).zip(&mut addresses) {
+                let Some(part) = part else { continue };
+                let room = scratch.reborrow().range(at..at + part.len());
+                *address = room.address();
+                stream.upload(part, room)?;
+                at += size;
+            }
+            f(&Call::of::<T>(stream, s, room, addresses))
+        })
+    }
+
+    fn of<T: Float>(
+        stream: &'a Stream,
+        s: &AttentionShape<'_>,
+        room: usize,
+        [q_lens, kv_lens, bias]: [u64; 3],
+    ) -> Call<'a> {
+        let shape = Shape {
+            q_len: s.q_len as u32,
+            kv_len: s.kv_len as u32,
+            heads: s.heads as u32,
+            kv_heads: s.kv_heads as u32,
+            head_dim: s.head_dim as u32,
+            causal: u32::from(s.causal),
+            window: s.window.filter(|_| s.causal).unwrap_or(0) as u32,
+            scale: s.scale,
+            kv_stride: s.kv_stride() as u64,
+            bias_batch: s.bias.map_or(0, |b| b.batch_stride as u64),
+            bias_head: s.bias.map_or(0, |b| b.head_stride as u64),
+            q_lens,
+            kv_lens,
+            bias,
+        };
+        let (label, ty, element) = (room.to_string(), T::CUDA, size_of::<T>());
+        Call { stream, shape, room, label, ty, element }
+    }
+
+    fn function(&self, name: &'static str) -> Result<Function> {
+        let defines = [("TYPE", self.ty), ("D", &self.label)];
+        self.stream.function(&ATTENTION, &defines, name)
+    }
+
+    /// Bytes of so many rows in shared memory.
+    fn rows(&self, rows: usize) -> u32 {
+        (rows * (self.room * self.element + 16)) as u32
+    }
+
+    /// Rows of a step, forward: `STEP` of the kernels.
+    fn step(&self) -> usize {
+        match self.room * self.element {
+            ..=256 => 64,
+            ..=512 => 32,
+            _ => 16,
+        }
+    }
+
+    /// Shared memory of backward: `BACK` and `STAGES` of the kernels.
+    fn backward(&self) -> u32 {
+        let step = match self.room * self.element {
+            ..=128 => 64,
+            ..=512 => 32,
+            _ => 16,
+        };
+        match self.rows(2 * ROWS + 4 * step) {
+            two @ ..=98304 => two,
+            _ => self.rows(2 * ROWS + 2 * step),
+        }
+    }
+}
+
+/// `out = softmax(scale q kᵀ + mask) v`; `lse [batch, heads, q_len]` keeps the log-sum-exp.
+///
+/// Lengths and bias are on the host and copied.
+///
+/// # Errors
+/// [`Error::Unsupported`] for heads of more than 256 channels.
+pub fn flash_attention<T: Float>(
+    stream: &Stream,
+    s: &AttentionShape<'_>,
+    q: Slice<'_, T>,
+    k: Slice<'_, T>,
+    v: Slice<'_, T>,
+    out: SliceMut<'_, T>,
+    lse: SliceMut<'_, f32>,
+) -> Result<()> {
+    s.check(q.len(), k.len(), v.len(), out.len(), lse.len());
+    Call::with::<T>(stream, s, |call| {
+        let grid = Grid {
+            blocks: [s.q_len.div_ceil(ROWS) as u32, s.heads as u32, s.batch as u32],
+            threads: [128, 1, 1],
+            shared: call.rows(ROWS + 4 * call.step()),
+        };
+        call.function("attention")?.launch(grid, args![q, k, v, out, lse, call.shape])
+    })
+}
+
+/// Gradients of [`flash_attention`]: `dq`, `dk`, `dv` are overwritten. Keys must be dense.
+///
+/// # Errors
+/// As [`flash_attention`].
+pub fn flash_attention_backward<T: Float>(
+    stream: &Stream,
+    s: &AttentionShape<'_>,
+    q: Slice<'_, T>,
+    k: Slice<'_, T>,
+    v: Slice<'_, T>,
+    out: Slice<'_, T>,
+    lse: Slice<'_, f32>,
+    dout: Slice<'_, T>,
+    dq: SliceMut<'_, T>,
+    dk: SliceMut<'_, T>,
+    dv: SliceMut<'_, T>,
+) -> Result<()> {
+    s.check(q.len(), k.len(), v.len(), out.len(), lse.len());
+    assert!(
+        dout.len() == q.len() && dq.len() == q.len() && dk.len() == k.len() && dv.len() == v.len(),
+        "attention_backward: gradients are as long as what they belong to"
+    );
+    assert_eq!(s.kv_batch_stride, 0, "attention_backward: keys must be dense");
+    let gradients = |call: &Call<'_>, mut delta: SliceMut<'_, f32>| {
+        let rows = lse.len();
+        let grid = Grid::line(rows.div_ceil(4), 128);
+        let delta_of = call.function("attention_delta")?;
+        delta_of.launch(grid, args![out, dout, delta.reborrow(), rows as u64, call.shape])?;
+        let delta = delta.as_slice();
+        let mut grid = Grid {
+            blocks: [s.q_len.div_ceil(ROWS) as u32, s.heads as u32, s.batch as u32],
+            threads: [128, 1, 1],
+            shared: call.backward(),
+        };
+        let queries = call.function("attention_backward_q")?;
+        queries.launch(grid, args![q, k, v, lse, dout, delta, dq, call.shape])?;
+        grid.blocks = [s.kv_len.div_ceil(ROWS) as u32, s.kv_heads as u32, s.batch as u32];
+        grid.threads[0] = if call.room > 128 { 256 } else { 128 };
+        let keys = call.function("attention_backward_kv")?;
+        keys.launch(grid, args![q, k, v, lse, dout, delta, dk, dv, call.shape])
+    };
+    Call::with::<T>(stream, s, |call| {
+        stream.with_scratch::<f32, _>(lse.len(), |delta| gradients(call, delta))
+    })
+}
