@@ -4,8 +4,6 @@
 //! is on a GPU the CUDA twin is put on its stream, and operands on the host are copied there first;
 //! a kernel without a twin runs on the host, between copies.
 
-#![allow(dead_code, unused_macros)] // Until the first twin is called.
-
 use colossal_kernels::cuda::{self, Stream};
 use colossal_kernels::{AdamW, AttentionShape, Epilogue, Float, Int8Matrix, Lion};
 
@@ -64,7 +62,6 @@ macro_rules! stream_of {
 }
 
 /// Kernels with a CUDA twin.
-#[allow(unused_macros)]
 macro_rules! twins {
     ($($(#[$doc:meta])* $name:ident($($x:ident: $t:ty),* $(,)?);)*) => { $(
         $(#[$doc])*
@@ -79,18 +76,7 @@ macro_rules! twins {
     )* };
 }
 
-/// Kernels that are the host's alone.
-macro_rules! hosted {
-    ($($name:ident($($x:ident: $t:ty),* $(,)?);)*) => { $(
-        #[doc = concat!("[`colossal_kernels::", stringify!($name), "`]")]
-        pub fn $name<T: Float>($($x: $t),*) -> Result<()> {
-            on_host!(($($x),*) => colossal_kernels::$name($($x),*));
-            Ok(())
-        }
-    )* };
-}
-
-hosted! {
+twins! {
     add(a: View<'_, T>, b: View<'_, T>, y: ViewMut<'_, T>);
     mul(a: View<'_, T>, b: View<'_, T>, y: ViewMut<'_, T>);
     scale(x: View<'_, T>, s: f32, y: ViewMut<'_, T>);
@@ -215,9 +201,14 @@ pub fn flash_attention<T: Float>(
     out: ViewMut<'_, T>,
     lse: ViewMut<'_, f32>,
 ) -> Result<()> {
-    on_host!((q, k, v, out, lse) => {
-        colossal_kernels::flash_attention(shape, q, k, v, out, lse);
-    });
+    match stream_of!(q, k, v, out, lse) {
+        Some(stream) => on_cuda!(stream, (q, k, v, out, lse) => {
+            cuda::flash_attention(&stream, shape, q, k, v, out, lse)
+        }),
+        None => on_host!((q, k, v, out, lse) => {
+            colossal_kernels::flash_attention(shape, q, k, v, out, lse);
+        }),
+    }
     Ok(())
 }
 
@@ -234,9 +225,18 @@ pub fn flash_attention_backward<T: Float>(
     dk: ViewMut<'_, T>,
     dv: ViewMut<'_, T>,
 ) -> Result<()> {
-    on_host!((q, k, v, out, lse, dout, dq, dk, dv) => {
-        colossal_kernels::flash_attention_backward(shape, q, k, v, out, lse, dout, dq, dk, dv);
-    });
+    match stream_of!(q, k, v, out, lse, dout, dq, dk, dv) {
+        Some(stream) => on_cuda!(stream, (q, k, v, out, lse, dout, dq, dk, dv) => {
+            cuda::flash_attention_backward(
+                &stream, shape, q, k, v, out, lse, dout, dq, dk, dv,
+            )
+        }),
+        None => on_host!((q, k, v, out, lse, dout, dq, dk, dv) => {
+            colossal_kernels::flash_attention_backward(
+                shape, q, k, v, out, lse, dout, dq, dk, dv,
+            );
+        }),
+    }
     Ok(())
 }
 
@@ -254,23 +254,70 @@ pub fn gemm_int8<T: Float>(
 
 /// [`colossal_kernels::cast`]
 pub fn cast<A: Float, B: Float>(x: View<'_, A>, y: ViewMut<'_, B>) -> Result<()> {
-    on_host!((x, y) => colossal_kernels::cast(x, y));
+    match stream_of!(x, y) {
+        Some(stream) => on_cuda!(stream, (x, y) => cuda::cast(&stream, x, y)),
+        None => on_host!((x, y) => colossal_kernels::cast(x, y)),
+    }
     Ok(())
 }
 
-/// [`colossal_kernels::sum`], on the host.
-pub fn sum<T: Float>(x: View<'_, T>) -> Result<f32> {
-    Ok(on_host!((x) => colossal_kernels::sum(x)))
+/// [`colossal_kernels::sum`], into one element.
+pub fn sum<T: Float>(x: View<'_, T>, y: ViewMut<'_, f32>) -> Result<()> {
+    match stream_of!(x, y) {
+        Some(stream) => on_cuda!(stream, (x, y) => cuda::sum(&stream, x, y)),
+        None => on_host!((x, y) => y[0] = colossal_kernels::sum(x)),
+    }
+    Ok(())
 }
 
-/// [`colossal_kernels::sum_of_squares`], on the host.
-pub fn sum_of_squares(x: View<'_, f32>) -> Result<f64> {
-    Ok(on_host!((x) => colossal_kernels::sum_of_squares(x)))
+/// Sums of squares of many vectors, read together at the end: a GPU is waited for once.
+#[derive(Debug)]
+pub struct SquareSums {
+    known: Vec<f64>,
+    /// Room for as many on a GPU.
+    there: Option<Buffer>,
+    count: usize,
 }
 
-/// Sets every element to `value`.
+impl SquareSums {
+    /// Room for `most` vectors on `device`.
+    pub fn new(device: &Device, most: usize) -> Result<SquareSums> {
+        let there = match device {
+            Device::Cpu => None,
+            Device::Cuda(_) => Some(Buffer::on(device, most * size_of::<f64>())?),
+        };
+        Ok(SquareSums { known: vec![], there, count: 0 })
+    }
+
+    /// Takes one more.
+    pub fn add(&mut self, x: View<'_, f32>) -> Result<()> {
+        match (x, &mut self.there) {
+            (View::Cuda(stream, x), Some(there)) => {
+                let slot = there.view_mut::<f64>().range(self.count..self.count + 1);
+                let mut slot = slot.on_cuda(stream)?;
+                cuda::sum_of_squares(stream, x, slot.lend())?;
+            }
+            (x, _) => self.known.push(on_host!((x) => colossal_kernels::sum_of_squares(x))),
+        }
+        self.count += 1;
+        Ok(())
+    }
+
+    /// All of them, in the order in which they were added.
+    pub fn finish(self) -> Result<Vec<f64>> {
+        let Some(there) = self.there else { return Ok(self.known) };
+        let mut sums = vec![0.0; self.count];
+        there.view::<f64>().range(0..self.count).read(&mut sums)?;
+        Ok(sums)
+    }
+}
+
+/// [`colossal_kernels::fill`]
 pub fn fill<T: Float>(y: ViewMut<'_, T>, value: T) -> Result<()> {
-    on_host!((y) => colossal_kernels::fill(y, value));
+    match stream_of!(y) {
+        Some(stream) => on_cuda!(stream, (y) => cuda::fill(&stream, y, value)),
+        None => on_host!((y) => colossal_kernels::fill(y, value)),
+    }
     Ok(())
 }
 
@@ -284,7 +331,14 @@ pub fn adamw(
     v: ViewMut<'_, f32>,
     grad_scale: f32,
 ) -> Result<()> {
-    on_host!((params, grads, m, v) => rule.step_grad_scale(t, params, grads, m, v, grad_scale));
+    match stream_of!(params, grads, m, v) {
+        Some(stream) => on_cuda!(stream, (params, grads, m, v) => {
+            cuda::adamw(&stream, rule, t, params, grads, m, v, grad_scale)
+        }),
+        None => {
+            on_host!((params, grads, m, v) => rule.step_grad_scale(t, params, grads, m, v, grad_scale))
+        }
+    }
     Ok(())
 }
 
@@ -299,9 +353,14 @@ pub fn adamw_masters<T: Float>(
     m: ViewMut<'_, f32>,
     v: ViewMut<'_, f32>,
 ) -> Result<()> {
-    on_host!((master, params, grads, m, v) => {
-        rule.step_masters(t, grad_scale, master, params, grads, m, v);
-    });
+    match stream_of!(master, params, grads, m, v) {
+        Some(stream) => on_cuda!(stream, (master, params, grads, m, v) => {
+            cuda::adamw_masters(&stream, rule, t, grad_scale, master, params, grads, m, v)
+        }),
+        None => {
+            on_host!((master, params, grads, m, v) => rule.step_masters(t, grad_scale, master, params, grads, m, v))
+        }
+    }
     Ok(())
 }
 
@@ -313,7 +372,12 @@ pub fn lion(
     m: ViewMut<'_, f32>,
     grad_scale: f32,
 ) -> Result<()> {
-    on_host!((params, grads, m) => rule.step(params, grads, m, grad_scale));
+    match stream_of!(params, grads, m) {
+        Some(stream) => {
+            on_cuda!(stream, (params, grads, m) => cuda::lion(&stream, rule, params, grads, m, grad_scale))
+        }
+        None => on_host!((params, grads, m) => rule.step(params, grads, m, grad_scale)),
+    }
     Ok(())
 }
 

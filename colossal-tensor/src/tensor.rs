@@ -66,6 +66,15 @@ impl Scope {
         &self.0.device
     }
 
+    /// Where its tensors of this type live. Integers stay on the host: they are few, they are
+    /// looked at there, and kernels take them from there.
+    pub(crate) fn place_of(&self, dtype: Dtype) -> &Device {
+        match dtype.is_float() {
+            true => &self.0.device,
+            false => &Device::Cpu,
+        }
+    }
+
     /// Room for so many elements on its device; none on a pretended mesh.
     pub(crate) fn room<T: Element>(&self, len: usize) -> Result<Buffer> {
         Buffer::on(self.device(), if self.is_fake() { 0 } else { len * size_of::<T>() })
@@ -288,7 +297,7 @@ impl Tensor {
         if data.len() != shape.iter().product::<usize>() {
             return Err(Error::shape("from_slice", &[data.len()], shape, "one value per element"));
         }
-        let buffer = Buffer::copy_of(scope.device(), data.into())?;
+        let buffer = Buffer::copy_of(scope.place_of(T::DTYPE), data.into())?;
         Ok(Tensor::wrap(scope, buffer, shape, T::DTYPE, layout))
     }
 
@@ -312,7 +321,7 @@ impl Tensor {
         layout: Layout,
     ) -> Tensor {
         debug_assert_eq!(buffer.bytes(), shape.iter().product::<usize>() * dtype.bytes());
-        debug_assert_eq!(buffer.device(), *scope.device());
+        debug_assert_eq!(buffer.device(), *scope.place_of(dtype));
         Tensor(Arc::new(Inner {
             scope: scope.clone(),
             shape: shape.to_vec(),
@@ -331,7 +340,7 @@ impl Tensor {
         dtype: Dtype,
         layout: Layout,
     ) -> Result<Tensor> {
-        Ok(Tensor::wrap(scope, buffer.to(scope.device())?, shape, dtype, layout))
+        Ok(Tensor::wrap(scope, buffer.to(scope.place_of(dtype))?, shape, dtype, layout))
     }
 
     /// A tensor of a pretended mesh.
@@ -611,7 +620,7 @@ impl Tensor {
         match self.into_unique() {
             Ok(buffer) => Ok(buffer),
             Err(shared) => crate::dtype::any!(dtype, T => {
-                Buffer::copy_of(shared.scope().device(), shared.lend::<T>()?.view::<T>())
+                Buffer::copy_of(shared.scope().place_of(dtype), shared.lend::<T>()?.view::<T>())
             }),
         }
     }

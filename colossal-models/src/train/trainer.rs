@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use colossal_kernels as kernels;
-use colossal_tensor::kernels::sum_of_squares;
+use colossal_tensor::kernels::SquareSums;
 use colossal_tensor::moe::Balance;
 use colossal_tensor::random::Stream;
 use colossal_tensor::storage::{Buffer, memory_stats_of};
@@ -400,18 +400,22 @@ impl Trainer {
     /// The norm of the whole gradient: each element counted once over all ranks.
     fn grad_norm(&mut self) -> Result<f32> {
         let slots = &self.slots;
-        let mut sum: Result<f64> = Ok(0.0);
+        let most = slots.len() + self.zero.partition().buckets().len();
+        let mut sums = SquareSums::new(self.model.scope().device(), most)?;
+        let (mut copies, mut added) = (vec![], Ok(()));
         let looked = self.zero.step(|range, grad| {
             for slot in overlapping(slots, &range) {
                 let from = slot.range.start.max(range.start) - range.start;
                 let to = slot.range.end.min(range.end) - range.start;
-                sum = std::mem::replace(&mut sum, Ok(0.0)).and_then(|sum: f64| {
-                    Ok(sum + sum_of_squares(grad.range(from..to))? / slot.copies)
-                });
+                copies.push(slot.copies);
+                if added.is_ok() {
+                    added = sums.add(grad.range(from..to));
+                }
             }
         });
         looked.map_err(zero_error)?;
-        let mut sum: f64 = sum?;
+        added?;
+        let mut sum: f64 = sums.finish()?.iter().zip(&copies).map(|(x, n)| x / n).sum();
         // With stage 0 every dp rank holds the whole gradient.
         if self.plan.stage() == Stage::Zero {
             sum /= self.plan.dp as f64;

@@ -38,7 +38,7 @@ pub(crate) fn produce(
         return Ok(Tensor::pretend(scope, shape, dtype, layout));
     }
     let bytes = shape.iter().product::<usize>() * dtype.bytes();
-    let mut buffer = Buffer::on(scope.device(), bytes)?;
+    let mut buffer = Buffer::on(scope.place_of(dtype), bytes)?;
     fill(&mut buffer)?;
     Ok(Tensor::wrap(scope, buffer, shape, dtype, layout))
 }

@@ -1,11 +1,10 @@
 //! Sums.
 
-use colossal_kernels as kernels;
-
-use super::produce_on_host;
+use super::produce;
 use crate::autograd::record;
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::propagate::{self, propagate};
 use crate::tensor::Tensor;
 
@@ -13,21 +12,19 @@ impl Tensor {
     /// The sum of all elements, in f32.
     pub fn sum(&self) -> Result<Tensor> {
         let layout = propagate("sum", &[self], propagate::sum)?;
-        let y = produce_on_host(self.scope(), &[], Dtype::F32, layout, |y| {
+        let y = produce(self.scope(), &[], Dtype::F32, layout, |y| {
             float!("sum", self.dtype(), T => {
-                y.as_mut_slice::<f32>()[0] = kernels::sum(self.read::<T>()?.as_slice::<T>());
-                Ok(())
+                kernels::sum(self.lend::<T>()?.view::<T>(), y.view_mut())
             })
         })?;
         let (scope, shape) = (self.scope().clone(), self.shape().to_vec());
         let (dtype, layout) = (self.dtype(), self.layout().dual());
         Ok(record("sum", y, &[self], move |dy, back| {
             let dy = dy.item()?;
-            let dx = produce_on_host(&scope, &shape, dtype, layout, |dx| {
+            let dx = produce(&scope, &shape, dtype, layout, |dx| {
                 float!("sum", dtype, T => {
                     use colossal_kernels::Float;
-                    dx.as_mut_slice::<T>().fill(<T as Float>::from_f32(dy));
-                    Ok(())
+                    kernels::fill(dx.view_mut(), <T as Float>::from_f32(dy))
                 })
             })?;
             back.give(0, dx)
