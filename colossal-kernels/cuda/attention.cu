@@ -7,7 +7,7 @@
 // multiply-adds in the same arrangement. Gradients of queries and of keys have a kernel each and
 // compute the scores anew: so nothing is added by atomics and the result is the same in every run.
 //
-// Compiled for D, the size of a head rounded up to 16, or beyond 128 to 32.
+// Compiled for D columns, of which a head may have less.
 
 constexpr int ROWS = 64, BYTES = D * (int)sizeof(T);
 /// Rows of the other side in a step, forward and backward.

@@ -185,15 +185,18 @@ fn on_rank(
     progress.stage(name(task), config.steps);
     while trainer.steps() < config.steps {
         let upto = config.next_stop(trainer.steps(), config.steps);
-        match data {
-            Data::Stream(ids) => pretrain(&mut trainer, ids, config, upto, &mut progress)?,
+        let went = match data {
+            Data::Stream(ids) => pretrain(&mut trainer, ids, config, upto, &mut progress),
             Data::Talks(talks) => {
-                sft(&mut trainer, &talks.train, config.batch, upto, &mut progress)?;
+                sft(&mut trainer, &talks.train, config.batch, upto, &mut progress).map(|_| ())
             }
             Data::Pairs(pairs) => {
-                reward(&mut trainer, &pairs.train, config.batch, upto, &mut progress)?;
+                reward(&mut trainer, &pairs.train, config.batch, upto, &mut progress).map(|_| ())
             }
-            Data::Prompts(..) => {}
+            Data::Prompts(..) => Ok(()),
+        };
+        if let Err(error) = went {
+            return Err(keep(&trainer, config, error));
         }
         if config.save_every > 0 {
             save_checkpoint(&trainer, &config.checkpoint(upto))?;
@@ -214,6 +217,30 @@ fn on_rank(
         _ => {}
     }
     Ok(text)
+}
+
+/// A run failed: what it has learnt is kept, if its parameters are whole and can be read.
+fn keep(trainer: &Trainer, config: &TrainConfig, error: anyhow::Error) -> anyhow::Error {
+    let steps = trainer.steps();
+    let alone = trainer.world().world_size() == 1;
+    let known = checkpoints(&config.output_dir, |_| true).pop();
+    if known.as_ref().is_some_and(|(step, _)| *step >= steps) || steps == 0 {
+        return error;
+    }
+    if alone && trainer.is_whole() && save_checkpoint(trainer, &config.checkpoint(steps)).is_ok() {
+        let path = config.checkpoint(steps);
+        return error.context(format!(
+            "stopped after step {steps}, which is kept in {}: the same command goes on from there",
+            path.display()
+        ));
+    }
+    match known {
+        Some((step, path)) => error.context(format!(
+            "stopped after step {steps}; the same command goes on from step {step} in {}",
+            path.display()
+        )),
+        None => error,
+    }
 }
 
 fn name(task: Task) -> &'static str {

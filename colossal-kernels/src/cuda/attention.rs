@@ -1,6 +1,6 @@
 //! Flash attention and its gradient.
 //!
-//! Kernels are compiled per size of a head, rounded up to 16 (32 beyond 128), at most 256.
+//! Kernels are compiled for some sizes of a head, of which a call takes the next that is enough.
 
 use std::ffi::c_void;
 
@@ -8,7 +8,11 @@ use super::{Arg, Error, Function, Grid, Result, Slice, SliceMut, Source, Stream,
 use crate::attention::AttentionShape;
 use crate::float::Float;
 
-static ATTENTION: Source = source!("attention");
+pub(super) static ATTENTION: Source = source!("attention");
+
+/// The sizes, and their names as definitions.
+pub(super) const SIZES: [(usize, &str); 7] =
+    [(16, "16"), (32, "32"), (64, "64"), (96, "96"), (128, "128"), (192, "192"), (256, "256")];
 
 /// Rows of a block.
 const ROWS: usize = 64;
@@ -46,7 +50,7 @@ struct Call<'a> {
     shape: Shape,
     /// The size of a head in shared memory.
     room: usize,
-    label: String,
+    label: &'static str,
     ty: &'static str,
     element: usize,
 }
@@ -58,14 +62,13 @@ impl<'a> Call<'a> {
         s: &AttentionShape<'_>,
         f: impl FnOnce(&Call<'a>) -> Result<()>,
     ) -> Result<()> {
-        let tile = if s.head_dim > 128 { 32 } else { 16 };
-        let room = s.head_dim.next_multiple_of(tile).max(tile);
-        if room > 256 {
+        let known = SIZES.iter().find(|(size, _)| *size >= s.head_dim);
+        let Some(&(room, label)) = known else {
             return Err(Error::Unsupported {
                 kernel: "attention",
                 reason: format!("heads of {} channels; it is built for up to 256", s.head_dim),
             });
-        }
+        };
         let parts: [Option<&[u8]>; 3] = [
             s.q_lens.map(bytemuck::cast_slice),
             s.kv_lens.map(bytemuck::cast_slice),
@@ -81,14 +84,14 @@ impl<'a> Call<'a> {
                 stream.upload(part, room)?;
                 at += size;
             }
-            f(&Call::of::<T>(stream, s, room, addresses))
+            f(&Call::of::<T>(stream, s, (room, label), addresses))
         })
     }
 
     fn of<T: Float>(
         stream: &'a Stream,
         s: &AttentionShape<'_>,
-        room: usize,
+        (room, label): (usize, &'static str),
         [q_lens, kv_lens, bias]: [u64; 3],
     ) -> Call<'a> {
         let shape = Shape {
@@ -107,12 +110,12 @@ impl<'a> Call<'a> {
             kv_lens,
             bias,
         };
-        let (label, ty, element) = (room.to_string(), T::CUDA, size_of::<T>());
+        let (ty, element) = (T::CUDA, size_of::<T>());
         Call { stream, shape, room, label, ty, element }
     }
 
     fn function(&self, name: &'static str) -> Result<Function> {
-        let defines = [("TYPE", self.ty), ("D", &self.label)];
+        let defines = [("TYPE", self.ty), ("D", self.label)];
         self.stream.function(&ATTENTION, &defines, name)
     }
 
@@ -125,7 +128,7 @@ impl<'a> Call<'a> {
     fn step(&self) -> usize {
         match self.room * self.element {
             ..=256 => 64,
-            ..=512 => 32,
+            257..=512 => 32,
             _ => 16,
         }
     }
@@ -134,7 +137,7 @@ impl<'a> Call<'a> {
     fn backward(&self) -> u32 {
         let step = match self.room * self.element {
             ..=128 => 64,
-            ..=512 => 32,
+            129..=512 => 32,
             _ => 16,
         };
         match self.rows(2 * ROWS + 4 * step) {

@@ -1,8 +1,8 @@
 //! All files of kernels under all definitions that launchers ask for: what is built beforehand.
 
 use super::{
-    Source, activation, cast, cross_entropy, elementwise, embedding, norm, optimizer, reduce, rope,
-    rows, softmax,
+    Source, activation, attention, cast, cross_entropy, elementwise, embedding, norm, optimizer,
+    reduce, rope, rows, softmax,
 };
 
 /// A file of kernels, and what it is compiled under.
@@ -33,6 +33,10 @@ pub fn catalog() -> Vec<Build> {
     let mut builds = vec![];
     for source in of_each_type {
         builds.extend(TYPES.map(|t| Build { source, defines: vec![("TYPE", t)] }));
+    }
+    for (_, size) in attention::SIZES {
+        let source = &attention::ATTENTION;
+        builds.extend(TYPES.map(|t| Build { source, defines: vec![("TYPE", t), ("D", size)] }));
     }
     for from in TYPES {
         let source = &cast::CAST;

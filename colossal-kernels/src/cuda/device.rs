@@ -1,6 +1,7 @@
 //! A device: its context, what it is, and the kernels that were built for it.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::CudaContext;
@@ -22,6 +23,9 @@ struct Inner {
     multiprocessors: usize,
     /// Functions by what they were built from.
     functions: Mutex<HashMap<u128, Loaded>>,
+    /// Bytes in blocks of this process, and how many there may be.
+    reserved: AtomicUsize,
+    budget: AtomicUsize,
 }
 
 /// The devices of this machine: none, if it has a driver but no GPU.
@@ -67,7 +71,17 @@ impl Device {
         let processors = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
         let multiprocessors = processors.doing(ordinal, "asking for its processors")? as usize;
         let functions = Mutex::default();
-        let inner = Inner { context, name, capability, memory, multiprocessors, functions };
+        let (reserved, budget) = (AtomicUsize::new(0), AtomicUsize::new(usize::MAX));
+        let inner = Inner {
+            context,
+            name,
+            capability,
+            memory,
+            multiprocessors,
+            functions,
+            reserved,
+            budget,
+        };
         let device = Device(Arc::new(inner));
         open.insert(ordinal, device.clone());
         Ok(device)
@@ -102,6 +116,29 @@ impl Device {
     /// Bytes of memory that nobody holds, and all.
     pub fn free_memory(&self) -> Result<(usize, usize)> {
         self.0.context.mem_get_info().doing(self.ordinal(), "asking for free memory")
+    }
+
+    /// Bytes that blocks of this process hold on it.
+    pub fn reserved(&self) -> usize {
+        self.0.reserved.load(Ordering::Relaxed)
+    }
+
+    /// Lets blocks of this process hold at most so many bytes: beyond it there is no room, as if
+    /// the device were smaller.
+    pub fn set_budget(&self, bytes: usize) {
+        self.0.budget.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Counts bytes that are about to be allocated; what is left of the budget if they do not fit.
+    pub(super) fn reserve(&self, bytes: usize) -> std::result::Result<(), usize> {
+        let budget = self.0.budget.load(Ordering::Relaxed);
+        let fits = |held: usize| held.checked_add(bytes).filter(|all| *all <= budget);
+        let done = self.0.reserved.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits);
+        done.map(|_| ()).map_err(|held| budget.saturating_sub(held))
+    }
+
+    pub(super) fn give_back(&self, bytes: usize) {
+        self.0.reserved.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Streaming multiprocessors.

@@ -26,16 +26,23 @@ impl Block {
     /// [`Error::OutOfMemory`], and what the driver says.
     pub fn new(device: &Device, bytes: usize) -> Result<Block> {
         device.bind()?;
+        let ordinal = device.ordinal();
+        device.reserve(bytes).map_err(|free| {
+            let total = device.reserved() + free;
+            Error::OutOfMemory { ordinal, asked: bytes, free, total }
+        })?;
         // SAFETY: of a size that is not zero; the bytes are only written and read on the device.
-        let address = match unsafe { result::malloc_sync(bytes.max(1)) } {
-            Err(e) if e.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                let (free, total) = device.free_memory().unwrap_or((0, device.memory()));
-                let ordinal = device.ordinal();
-                return Err(Error::OutOfMemory { ordinal, asked: bytes, free, total });
+        let made = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| {
+            device.give_back(bytes);
+            match e.0 {
+                CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                    let (free, total) = device.free_memory().unwrap_or((0, device.memory()));
+                    Error::OutOfMemory { ordinal, asked: bytes, free, total }
+                }
+                _ => Error::driver(ordinal, "allocating", e),
             }
-            other => other.doing(device.ordinal(), "allocating")?,
-        };
-        Ok(Block { device: device.clone(), address, bytes })
+        });
+        Ok(Block { device: device.clone(), address: made?, bytes })
     }
 
     /// How many bytes there is room for.
@@ -81,6 +88,7 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
+        self.device.give_back(self.bytes);
         // A device that is lost has freed it.
         if self.device.bind().is_ok() {
             // SAFETY: allocated by `new`, and freed once.

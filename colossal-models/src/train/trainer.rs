@@ -46,6 +46,8 @@ pub struct Trainer {
     pub(super) rule: &'static str,
     world: Group,
     seed: u64,
+    /// An update began and did not end.
+    torn: bool,
 }
 
 /// Where a parameter lies in the flat vector of all parameters.
@@ -180,12 +182,19 @@ impl Trainer {
             rule: rule.name(),
             world,
             seed,
+            torn: false,
         })
     }
 
     /// Steps done.
     pub fn steps(&self) -> u64 {
         self.step
+    }
+
+    /// Is every parameter that of one step? Not after an update that failed on the way: then only
+    /// a checkpoint can be gone on from.
+    pub fn is_whole(&self) -> bool {
+        !self.torn
     }
 
     /// This rank.
@@ -328,6 +337,7 @@ impl Trainer {
             )));
         }
         self.step += 1;
+        self.torn = true;
         let update = Update { rule: o.rule, step: self.step as u32, lr, weight_decay: 0.0, scale };
         let buckets: Vec<_> =
             self.zero.partition().buckets().iter().map(|b| b.range.clone()).collect();
@@ -393,6 +403,7 @@ impl Trainer {
             }
             .map_err(zero_error)
         })??;
+        self.torn = false;
         self.model.stack.after_step()?;
         Ok((norm, lr))
     }
