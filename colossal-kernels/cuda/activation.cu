@@ -1,23 +1,9 @@
 // Activations and their gradients. Bound: memory, with up to some 50 instructions an element (erf).
 
 #define K WIDTH<T>
-#define SQRT_2_OVER_PI 0.7978845608f
-#define CUBIC 0.044715f
-
-INLINE float phi(float x) { return 0.5f * (1.0f + erff(x * 0.70710678f)); }
-/// tanh of GELU's argument, through one exponential.
-INLINE float inner(float x) {
-  const float u = SQRT_2_OVER_PI * (x + CUBIC * x * x * x);
-  return 1.0f - __fdividef(2.0f, 1.0f + expf(fminf(2.0f * u, 80.0f)));
-}
-
-INLINE float silu_of(float x) { return x * sigmoid(x); }
 INLINE float silu_slope(float x) { const float s = sigmoid(x); return s * (1.0f + x * (1.0f - s)); }
-INLINE float relu_of(float x) { return x > 0.0f ? x : 0.0f; }
 INLINE float relu_slope(float x) { return x > 0.0f ? 1.0f : 0.0f; }
-INLINE float gelu_of(float x) { return x * phi(x); }
 INLINE float gelu_slope(float x) { return phi(x) + x * 0.39894228f * expf(-0.5f * x * x); }
-INLINE float gelu_tanh_of(float x) { return 0.5f * x * (1.0f + inner(x)); }
 INLINE float gelu_tanh_slope(float x) {
   const float t = inner(x), du = SQRT_2_OVER_PI * (1.0f + 3.0f * CUBIC * x * x);
   return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * du;

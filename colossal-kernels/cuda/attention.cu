@@ -65,7 +65,7 @@ template <int N> INLINE void fetch(T* to, const T* from, int rows, u64 stride, u
     for (int i = threadIdx.x; i < N * PER; i += blockDim.x) {
       const int r = i / PER, c = i % PER * WIDTH<T>;
       const bool there = r < rows && c < (int)dim;
-      copy16(to + r * LD + c, there ? from + r * stride + c : from, there);
+      copy16(to + r * LD + c, there ? from + r * stride + c : from, there ? 16 : 0);
     }
   } else {
     for (int i = threadIdx.x; i < N * D; i += blockDim.x) {

@@ -200,7 +200,21 @@ template <int K, class E> INLINE RowStats row_stats(const E* x, u32 dim) {
 
 // ---- Elementary functions.
 
+#define SQRT_2_OVER_PI 0.7978845608f
+#define CUBIC 0.044715f
+
 INLINE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
+/// The normal distribution up to x.
+INLINE float phi(float x) { return 0.5f * (1.0f + erff(x * 0.70710678f)); }
+/// tanh of GELU's argument, through one exponential.
+INLINE float inner(float x) {
+  const float u = SQRT_2_OVER_PI * (x + CUBIC * x * x * x);
+  return 1.0f - __fdividef(2.0f, 1.0f + expf(fminf(2.0f * u, 80.0f)));
+}
+INLINE float silu_of(float x) { return x * sigmoid(x); }
+INLINE float relu_of(float x) { return x > 0.0f ? x : 0.0f; }
+INLINE float gelu_of(float x) { return x * phi(x); }
+INLINE float gelu_tanh_of(float x) { return 0.5f * x * (1.0f + inner(x)); }
 
 // ---- Tensor cores and asynchronous copies (sm_80 and later).
 
@@ -232,9 +246,9 @@ INLINE void ldmatrix_t(u32 (&x)[4], const void* row) {
       : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared_address(row)) : "memory");
 }
 
-/// Starts a copy of 16 bytes to shared memory, or zeros where there is nothing to copy.
-INLINE void copy16(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+/// Starts a copy to 16 bytes of shared memory: `bytes` of them, zeros behind.
+INLINE void copy16(void* to, const void* from, u32 bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
 /// Ends a group of copies.
 INLINE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -281,7 +295,7 @@ template <bool transposed> static void ldmatrix_any(u32 (&x)[4], const void* row
 static void ldmatrix(u32 (&x)[4], const void* row) { ldmatrix_any<false>(x, row); }
 static void ldmatrix_t(u32 (&x)[4], const void* row) { ldmatrix_any<true>(x, row); }
 
-static void copy16(void* to, const void* from, bool there) { cuemu::copy_later(to, from, there); }
+static void copy16(void* to, const void* from, u32 bytes) { cuemu::copy_later(to, from, bytes); }
 static void copies_commit() { cuemu::copies_commit(); }
 template <int K> static void copies_wait() { cuemu::copies_wait(K); }
 #endif

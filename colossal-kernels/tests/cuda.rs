@@ -9,6 +9,8 @@ mod attention;
 mod check;
 #[path = "cuda/elementwise.rs"]
 mod elementwise;
+#[path = "cuda/gemm.rs"]
+mod gemm;
 #[path = "cuda/optimizer.rs"]
 mod optimizer;
 #[path = "cuda/rows.rs"]

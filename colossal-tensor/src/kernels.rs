@@ -5,7 +5,7 @@
 //! a kernel without a twin runs on the host, between copies.
 
 use colossal_kernels::cuda::{self, Stream};
-use colossal_kernels::{AdamW, AttentionShape, Epilogue, Float, Int8Matrix, Lion};
+use colossal_kernels::{AdamW, AttentionShape, Float, Int8Matrix, Lion};
 
 use crate::device::Device;
 use crate::error::Result;
@@ -178,17 +178,25 @@ pub fn gemm<T: Float, O: Float>(
 ) -> Result<()> {
     let (x, y) = (a.data, b.data);
     let (rows, cols) = (a.rows, b.cols);
-    on_host!((x, y, c, bias) => {
-        let e = Epilogue { bias, accumulate, ..Epilogue::default() };
-        let [a, b] = [(a, x), (b, y)].map(|(m, data)| colossal_kernels::Mat {
-            data,
-            rows: m.rows,
-            cols: m.cols,
-            row_stride: m.row_stride,
-            col_stride: m.col_stride,
-        });
-        colossal_kernels::gemm(a, b, colossal_kernels::MatMut::new(c, rows, cols), &e);
-    });
+    macro_rules! product {
+        ($module:ident, $x:ident, $y:ident, $c:ident, $bias:ident $(, $stream:expr)?) => {{
+            let [a, b] = [(a, $x), (b, $y)].map(|(m, data)| $module::Mat {
+                data,
+                rows: m.rows,
+                cols: m.cols,
+                row_stride: m.row_stride,
+                col_stride: m.col_stride,
+            });
+            let e = $module::Epilogue { bias: $bias, accumulate, ..Default::default() };
+            $module::gemm($($stream,)? a, b, $module::MatMut::new($c, rows, cols), &e)
+        }};
+    }
+    match stream_of!(x, y, c, bias) {
+        Some(stream) => {
+            on_cuda!(stream, (x, y, c, bias) => product!(cuda, x, y, c, bias, &stream))
+        }
+        None => on_host!((x, y, c, bias) => product!(colossal_kernels, x, y, c, bias)),
+    }
     Ok(())
 }
 

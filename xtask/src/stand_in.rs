@@ -1,4 +1,5 @@
-//! CUDA without a GPU: a driver and a compiler that run kernels on the CPU, and the suites on them.
+//! CUDA without a GPU: a driver, a compiler that makes kernels run on the CPU, a library of
+//! products, and the suites on them.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -19,20 +20,24 @@ pub(crate) fn stand_in() -> Result<()> {
     let path = folder.to_str().context("a path in UTF-8")?;
     let cache = folder.join(format!("cache-{:016x}", fingerprint()?));
     let cache = cache.to_str().context("a path in UTF-8")?;
+    let suite = ["test", "-p", "colossal-kernels", "--test", "cuda"];
+    let mut env = vec![
+        ("LD_LIBRARY_PATH", path),
+        ("COLOSSAL_CUDA_PATH", path),
+        ("XDG_CACHE_HOME", cache),
+        ("COLOSSAL_CUDA", "required"),
+    ];
+    // Products by the stand-in for cuBLASLt.
+    run(&cargo(), &suite, &env)?;
+    // And by our own kernels.
+    env.push(("COLOSSAL_NO_CUBLASLT", "1"));
     for order in ORDERS {
-        let env = [
-            ("LD_LIBRARY_PATH", path),
-            ("COLOSSAL_CUDA_PATH", path),
-            ("XDG_CACHE_HOME", cache),
-            ("COLOSSAL_CUDA", "required"),
-            ("STAND_IN_ORDER", order),
-        ];
-        run(&cargo(), &["test", "-p", "colossal-kernels", "--test", "cuda"], &env)?;
+        run(&cargo(), &suite, &[&env[..], &[("STAND_IN_ORDER", order)]].concat())?;
     }
     Ok(())
 }
 
-/// Builds both libraries into target/stand-in.
+/// Builds the libraries into target/stand-in.
 fn build() -> Result<PathBuf> {
     if !exists("g++", "--version") {
         bail!("the stand-in for CUDA needs g++: apt-get install g++");
@@ -40,7 +45,12 @@ fn build() -> Result<PathBuf> {
     let folder = std::env::current_dir()?.join("target/stand-in");
     std::fs::create_dir_all(&folder)?;
     std::fs::copy(Path::new(SOURCES).join("cuemu.h"), folder.join("cuemu.h"))?;
-    for (source, library) in [("cuda.cpp", "libcuda.so.1"), ("nvrtc.cpp", "libnvrtc.so.13")] {
+    let libraries = [
+        ("cuda.cpp", "libcuda.so.1"),
+        ("nvrtc.cpp", "libnvrtc.so.13"),
+        ("cublaslt.cpp", "libcublasLt.so.13"),
+    ];
+    for (source, library) in libraries {
         let (from, to) = (Path::new(SOURCES).join(source), folder.join(library));
         let (from, to) = (from.to_string_lossy(), to.to_string_lossy());
         let flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unused", "-fPIC", "-shared"];

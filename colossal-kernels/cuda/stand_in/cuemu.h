@@ -47,7 +47,7 @@ enum { OK = 0, FAILED = 719 };
 constexpr size_t STACK = 128 << 10, SHARED = 227 << 10, CANARY = 256;
 
 /// An asynchronous copy: its place holds NaN until it is waited for.
-struct Copy { void* to; const void* from; };
+struct Copy { void* to; const void* from; unsigned bytes; };
 constexpr unsigned COPIES = 256, GROUPS = 16;
 struct Fiber {
   void* stack_pointer;
@@ -233,11 +233,12 @@ template <class... Args, void (*kernel)(Args...)> struct Call<kernel> {
   static void run(void** p) { unpack(p, std::index_sequence_for<Args...>{}); }
 };
 
-static void copy_later(void* to, const void* from, bool there) {
+static void copy_later(void* to, const void* from, unsigned bytes) {
   Fiber& f = *current;
   if (f.copies == COPIES) fail("more than %u copies under way", COPIES);
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) & 15) fail("a copy of 16 bytes that is not aligned");
-  f.copy[f.copies++] = {to, there ? from : nullptr};
+  if (bytes > 16) fail("a copy of %u bytes", bytes);
+  f.copy[f.copies++] = {to, from, bytes};
   memset(to, 0xff, 16);
 }
 static void copies_commit() {
@@ -249,9 +250,11 @@ static void copies_wait(unsigned most) {
   Fiber& f = *current;
   if (f.groups <= most) return;
   const unsigned ended = f.groups - most, done = f.group_end[ended - 1];
-  for (unsigned i = 0; i < done; ++i)
-    if (f.copy[i].from) memcpy(f.copy[i].to, f.copy[i].from, 16);
-    else memset(f.copy[i].to, 0, 16);
+  for (unsigned i = 0; i < done; ++i) {
+    const Copy& c = f.copy[i];
+    memset(c.to, 0, 16);
+    memcpy(c.to, c.from, c.bytes);
+  }
   memmove(f.copy, f.copy + done, (f.copies - done) * sizeof(Copy));
   f.copies -= done;
   for (unsigned g = ended; g < f.groups; ++g) f.group_end[g - ended] = f.group_end[g] - done;

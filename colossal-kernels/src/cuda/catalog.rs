@@ -1,8 +1,8 @@
-//! All files of kernels under all definitions that launchers ask for: what is built beforehand.
+//! All files of kernels under the definitions that launchers ask for: what is built beforehand.
 
 use super::{
-    Source, activation, attention, cast, cross_entropy, elementwise, embedding, norm, optimizer,
-    reduce, rope, rows, softmax,
+    Source, activation, attention, cast, cross_entropy, elementwise, embedding, gemm, norm,
+    optimizer, reduce, rope, rows, softmax,
 };
 
 /// A file of kernels, and what it is compiled under.
@@ -16,7 +16,7 @@ pub struct Build {
 
 const TYPES: [&str; 3] = ["float", "bf16", "f16"];
 
-/// Every build there is.
+/// Every build that common models need.
 pub fn catalog() -> Vec<Build> {
     let of_each_type = [
         &elementwise::ELEMENTWISE,
@@ -42,10 +42,19 @@ pub fn catalog() -> Vec<Build> {
         let source = &cast::CAST;
         builds.extend(TYPES.map(|to| Build { source, defines: vec![("FROM", from), ("TO", to)] }));
     }
+    let products =
+        [("float", "float"), ("bf16", "bf16"), ("bf16", "float"), ("f16", "f16"), ("f16", "float")];
+    for (input, output) in products {
+        builds.extend([128, 64].map(|tile| Build {
+            source: &gemm::GEMM,
+            defines: gemm::defines(input, output, tile).into(),
+        }));
+    }
     builds
 }
 
-/// Is it listed?
+/// Is it listed? Under other values of its definitions it is compiled when it is met.
 pub(super) fn lists(source: &'static Source, defines: &[(&str, &str)]) -> bool {
-    catalog().iter().any(|b| std::ptr::eq(b.source, source) && b.defines == defines)
+    let names = |b: &Build| b.defines.iter().map(|d| d.0).eq(defines.iter().map(|d| d.0));
+    catalog().iter().any(|b| std::ptr::eq(b.source, source) && names(b))
 }

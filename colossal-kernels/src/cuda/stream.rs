@@ -74,7 +74,6 @@ impl Stream {
     }
 
     /// Puts a product on it, if cuBLASLt is there and has an algorithm for it.
-    #[allow(dead_code)] // The launcher of products calls it.
     pub(super) fn product(&self, product: &Product) -> Result<bool> {
         if self.blas.get().is_none() {
             let blas = Blas::new(&self.device)?;
