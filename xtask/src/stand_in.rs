@@ -29,6 +29,7 @@ pub(crate) fn stand_in() -> Result<()> {
     ];
     // Products by the stand-in for cuBLASLt.
     run(&cargo(), &suite, &env)?;
+    run(&cargo(), &["test", "-p", "colossal-apps", "--test", "cuda"], &env)?;
     // And by our own kernels.
     env.push(("COLOSSAL_NO_CUBLASLT", "1"));
     for order in ORDERS {

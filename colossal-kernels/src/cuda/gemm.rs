@@ -181,7 +181,7 @@ pub fn gemm_batched<T: Float, O: Float>(
     if e.activation == Activation::None
         && a.cols > 0
         && (c.col_stride == 1 || c.cols == 1)
-        && (O::NAME == T::NAME || O::NAME == "f32")
+        && (O::NAME == T::NAME || (O::NAME == "f32" && e.bias.is_none()))
         && let (Some(side_a), Some(side_b)) = (a.side(), b.side())
     {
         let product = blas::Product {
