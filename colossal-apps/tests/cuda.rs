@@ -40,7 +40,9 @@ fn folder() -> tempfile::TempDir {
 
 fn pretrain(dir: &Path, out: &str, device: &str, more: &[&str], env: &[(&str, &str)]) -> Output {
     let at = |name: &str| dir.join(name).to_str().unwrap().to_string();
-    Command::new(env!("CARGO_BIN_EXE_colossal"))
+    // Packed for another machine, the program lies elsewhere.
+    let program = std::env::var("COLOSSAL_PROGRAM");
+    Command::new(program.as_deref().unwrap_or(env!("CARGO_BIN_EXE_colossal")))
         .args(["train", "pretrain", "--device", device])
         .args(["--model", &at("config.json"), "--data", &at("text.txt")])
         .args(["--output-dir", &at(out), "--steps", "6", "--batch", "4", "--max-length", "24"])

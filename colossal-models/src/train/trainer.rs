@@ -21,7 +21,7 @@ use half::bf16;
 use super::data::Batch;
 use super::gradients::Gradients;
 use super::optimizer::{Factored, Held, State, Update};
-use super::report::{StepReport, gemm_peak};
+use super::report::{StepReport, peak};
 use super::{Optimizer, Plan};
 use crate::decoder::{CausalLm, DecoderConfig, Tokens, Training};
 
@@ -298,6 +298,7 @@ impl Trainer {
             .map(|s| s.param.global_shape().iter().product::<usize>())
             .sum();
         let flops = self.model.config.flops_per_token(matrices, seq) * tokens as f64;
+        let peak = peak(self.model.scope().device(), self.plan.precision.dtype());
         Ok(StepReport {
             step: self.step,
             loss: total,
@@ -307,7 +308,7 @@ impl Trainer {
             tokens,
             seconds,
             tokens_per_second: tokens as f64 / seconds,
-            mfu: flops / seconds / (gemm_peak() * self.world.world_size() as f64),
+            mfu: flops / seconds / (peak * self.world.world_size() as f64),
             peak_bytes: memory_stats_of(self.model.scope().device()).peak,
             sent_bytes: self.world_bytes() - sent,
         })

@@ -11,14 +11,14 @@ mod decode;
 mod page;
 mod prompt;
 
-pub(crate) use page::output;
+pub(crate) use page::{keep_of, output};
+pub(crate) use prompt::Prompt;
 
 use anyhow::{Result, bail};
 use clap::Parser;
 use serde_json::{Value, json};
 
 use crate::{cargo, run};
-use prompt::Prompt;
 
 /// What to time.
 #[derive(Debug, Parser)]
@@ -226,7 +226,7 @@ fn unlock() -> Result<String> {
     Ok(library.to_string_lossy().into_owned())
 }
 
-fn header(title: &str) {
+pub(crate) fn header(title: &str) {
     println!(
         "\n{:<32} {:>10}  {:<44} {:>10} {:>6} {:>10} {:>6}",
         title, "ours", "peer", "", "ratio", "floor", "share"
@@ -242,9 +242,21 @@ fn turns(
     peers: &mut [(String, Prompt)],
     unit: &str,
 ) -> Result<Vec<Value>> {
+    take_turns((args.rounds, args.threads), what, line, ours, peers, unit)
+}
+
+/// The same in so many rounds, each side on so many threads.
+pub(crate) fn take_turns(
+    (rounds, threads): (usize, usize),
+    what: &str,
+    line: &str,
+    ours: &mut Prompt,
+    peers: &mut [(String, Prompt)],
+    unit: &str,
+) -> Result<Vec<Value>> {
     let (mut mine, mut floors) = (vec![], vec![]);
     let mut theirs = vec![vec![]; peers.len()];
-    for _ in 0..args.rounds {
+    for _ in 0..rounds {
         let answer = ours.ask(line)?;
         mine.push(answer.speed);
         floors.extend(answer.floor);
@@ -267,8 +279,8 @@ fn turns(
             shown(100.0 * share) + if share.is_finite() { "%" } else { "" }
         );
         json!({"what": what, "unit": unit, "ours": mine, "peer_is": name, "peer": speed,
-            "ratio": mine / speed, "floor": floor, "share": share, "rounds": args.rounds,
-            "threads": args.threads})
+            "ratio": mine / speed, "floor": floor, "share": share, "rounds": rounds,
+            "threads": threads})
     };
     if peers.is_empty() {
         return Ok(vec![row(None)]);
@@ -276,7 +288,7 @@ fn turns(
     Ok(peers.iter().zip(&mut theirs).map(|(p, t)| row(Some((&p.0, median(t))))).collect())
 }
 
-fn median(values: &mut [f64]) -> f64 {
+pub(crate) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -42,6 +43,17 @@ pub(super) fn keep(rows: &[Value]) -> Result<()> {
     std::fs::write(&path, serde_json::to_string_pretty(&run)? + "\n")?;
     std::fs::write("bench/index.html", page()?)?;
     println!("\nkept in {path}; the history is bench/index.html");
+    Ok(())
+}
+
+/// Writes the rows of another machine, a GPU's, to a file of its own in `folder`.
+pub(crate) fn keep_of(folder: &Path, machine: &str, rows: &[Value]) -> Result<()> {
+    let date = output("date", &["+%Y-%m-%d"])?;
+    std::fs::create_dir_all(folder)?;
+    let path = folder.join(format!("{date}-{machine}.json"));
+    let run = json!({"date": date, "cpu": machine, "cpu_family": "", "cores": 1, "rows": rows});
+    std::fs::write(&path, serde_json::to_string_pretty(&run)? + "\n")?;
+    println!("\nkept in {}: it belongs under {RUNS}", path.display());
     Ok(())
 }
 

@@ -10,9 +10,9 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 /// A started process.
-pub(super) struct Prompt {
+pub(crate) struct Prompt {
     /// What it calls itself: its version and settings.
-    pub(super) name: String,
+    pub(crate) name: String,
     program: String,
     child: Child,
     input: ChildStdin,
@@ -20,14 +20,14 @@ pub(super) struct Prompt {
 }
 
 /// An answer, in things per second.
-pub(super) struct Answer {
-    pub(super) speed: f64,
-    pub(super) floor: Option<f64>,
+pub(crate) struct Answer {
+    pub(crate) speed: f64,
+    pub(crate) floor: Option<f64>,
 }
 
 impl Prompt {
     /// Starts it and waits until it is ready.
-    pub(super) fn start(program: &str, args: &[&str], env: &[(&str, &str)]) -> Result<Prompt> {
+    pub(crate) fn start(program: &str, args: &[&str], env: &[(&str, &str)]) -> Result<Prompt> {
         let mut child = Command::new(program)
             .args(args)
             .envs(env.iter().copied())
@@ -44,7 +44,7 @@ impl Prompt {
     }
 
     /// Sends a line and waits for the answer.
-    pub(super) fn ask(&mut self, line: &str) -> Result<Answer> {
+    pub(crate) fn ask(&mut self, line: &str) -> Result<Answer> {
         writeln!(self.input, "{line}").with_context(|| format!("{} has ended", self.program))?;
         let answer = self.line()?;
         let speed = answer["speed"].as_f64();
