@@ -3,6 +3,7 @@
 mod activation;
 mod adamw;
 mod attention;
+mod blocks;
 mod cast;
 mod cross_entropy;
 pub mod cuda;
@@ -34,6 +35,7 @@ pub use activation::{
 };
 pub use adamw::AdamW;
 pub use attention::{AttentionBias, AttentionShape, flash_attention, flash_attention_backward};
+pub use blocks::{copy_block, dropout, fill_columns, random_bits, scatter_rows, sum_groups};
 pub use cast::cast;
 pub use cross_entropy::{ELSEWHERE, cross_entropy, cross_entropy_backward, logits_stats};
 pub use elementwise::{add, add_assign, add_bias, add_into, axpy, fill, mul, scale, sub};

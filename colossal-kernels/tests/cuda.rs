@@ -5,6 +5,8 @@
 
 #[path = "cuda/attention.rs"]
 mod attention;
+#[path = "cuda/blocks.rs"]
+mod blocks;
 #[path = "cuda/check.rs"]
 mod check;
 #[path = "cuda/elementwise.rs"]

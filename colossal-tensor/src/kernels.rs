@@ -135,6 +135,12 @@ twins! {
         dloss: View<'_, f32>, targets: View<'_, i32>, vocab: usize, ignore: i32,
         lse: View<'_, f32>, logits_to_grad: ViewMut<'_, T>,
     );
+    scatter_rows(x: View<'_, T>, index: View<'_, i32>, width: usize, y: ViewMut<'_, T>);
+    sum_groups(x: View<'_, T>, times: usize, width: usize, y: ViewMut<'_, T>);
+    dropout(
+        x: View<'_, T>, keys: View<'_, u64>, first: View<'_, u64>, width: usize, p: f32,
+        y: ViewMut<'_, T>,
+    );
     logits_stats(
         logits: View<'_, T>, vocab: usize, max: ViewMut<'_, f32>, sum: ViewMut<'_, f32>,
     );
@@ -196,6 +202,23 @@ pub fn gemm<T: Float, O: Float>(
             on_cuda!(stream, (x, y, c, bias) => product!(cuda, x, y, c, bias, &stream))
         }
         None => on_host!((x, y, c, bias) => product!(colossal_kernels, x, y, c, bias)),
+    }
+    Ok(())
+}
+
+/// [`colossal_kernels::copy_block`]
+pub fn copy_block<T: Float>(
+    x: View<'_, T>,
+    from: [usize; 2],
+    sizes: [usize; 3],
+    y: ViewMut<'_, T>,
+    to: [usize; 2],
+) -> Result<()> {
+    match stream_of!(x, y) {
+        Some(stream) => {
+            on_cuda!(stream, (x, y) => cuda::copy_block(&stream, x, from, sizes, y, to))
+        }
+        None => on_host!((x, y) => colossal_kernels::copy_block(x, from, sizes, y, to)),
     }
     Ok(())
 }
@@ -325,6 +348,20 @@ pub fn fill<T: Float>(y: ViewMut<'_, T>, value: T) -> Result<()> {
     match stream_of!(y) {
         Some(stream) => on_cuda!(stream, (y) => cuda::fill(&stream, y, value)),
         None => on_host!((y) => colossal_kernels::fill(y, value)),
+    }
+    Ok(())
+}
+
+/// [`colossal_kernels::fill_columns`]
+pub fn fill_columns<T: Float>(
+    y: ViewMut<'_, T>,
+    width: usize,
+    from: usize,
+    value: T,
+) -> Result<()> {
+    match stream_of!(y) {
+        Some(stream) => on_cuda!(stream, (y) => cuda::fill_columns(&stream, y, width, from, value)),
+        None => on_host!((y) => colossal_kernels::fill_columns(y, width, from, value)),
     }
     Ok(())
 }

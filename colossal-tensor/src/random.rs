@@ -30,7 +30,12 @@ impl Stream {
 
     /// 64 random bits at a position.
     pub fn bits(self, index: u64) -> u64 {
-        mix(self.0 ^ mix(index.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+        colossal_kernels::random_bits(self.0, index)
+    }
+
+    /// What kernels draw it by.
+    pub(crate) fn key(self) -> u64 {
+        self.0
     }
 
     /// Uniform in [0, 1) at a position.

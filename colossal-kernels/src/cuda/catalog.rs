@@ -1,7 +1,7 @@
 //! All files of kernels under the definitions that launchers ask for: what is built beforehand.
 
 use super::{
-    Source, activation, attention, cast, cross_entropy, elementwise, embedding, gemm, norm,
+    Source, activation, attention, blocks, cast, cross_entropy, elementwise, embedding, gemm, norm,
     optimizer, reduce, rope, rows, softmax,
 };
 
@@ -28,6 +28,7 @@ pub fn catalog() -> Vec<Build> {
         &embedding::EMBEDDING,
         &reduce::REDUCE,
         &rows::ROWS,
+        &blocks::BLOCKS,
         &optimizer::OPTIMIZER,
     ];
     let mut builds = vec![];

@@ -25,6 +25,7 @@
 mod activation;
 mod attention;
 mod blas;
+mod blocks;
 mod cast;
 mod catalog;
 mod cross_entropy;
@@ -51,6 +52,7 @@ pub use activation::{
     swiglu, swiglu_backward,
 };
 pub use attention::{flash_attention, flash_attention_backward};
+pub use blocks::{copy_block, dropout, fill_columns, scatter_rows, sum_groups};
 pub use cast::cast;
 pub use catalog::{Build, catalog};
 pub use cross_entropy::{cross_entropy, cross_entropy_backward, logits_stats};

@@ -4,13 +4,15 @@
 //! element of a sequence is known by its row, its token and its place in the token's width, so
 //! neither padding behind a sequence nor the order in which zigzag holds tokens changes its fate.
 
-use super::produce_on_host;
+use super::produce;
 use crate::autograd::record;
 use crate::dtype::float;
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::placement::{Layout, Placement};
 use crate::random::Stream;
 use crate::tensor::Tensor;
+use crate::view::View;
 
 impl Tensor {
     /// Zeroes each element with probability `p` and scales the others by `1 / (1 - p)`.
@@ -59,22 +61,17 @@ fn mask(
     }
     let order = order.map(|_| scope.token_order(global[1])).transpose()?;
     let width = x.last_dim();
-    produce_on_host(scope, x.shape(), x.dtype(), layout, |y| {
+    let rows = if scope.is_fake() { 0 } else { x.len().checked_div(width).unwrap_or(0) };
+    let (keys, firsts): (Vec<u64>, Vec<u64>) = (0..rows)
+        .map(|row| {
+            let (outer, base) = place(row, x.shape(), &global, &first, order.as_deref());
+            (stream.child((first_row + outer) as u64).key(), base as u64)
+        })
+        .unzip();
+    produce(scope, x.shape(), x.dtype(), layout, |y| {
         float!("dropout", x.dtype(), T => {
-            use colossal_kernels::Float;
-            let values = x.read::<T>()?;
-            let rows = values.as_slice::<T>().chunks(width).zip(y.as_mut_slice::<T>().chunks_mut(width));
-            let keep = 1.0 / (1.0 - p);
-            for (row, (x_row, y_row)) in rows.enumerate() {
-                let (outer, base) = place(row, x.shape(), &global, &first, order.as_deref());
-                let stream = stream.child((first_row + outer) as u64);
-                for (i, (v, out)) in x_row.iter().zip(y_row).enumerate() {
-                    let dropped = stream.uniform((base + i) as u64) < f64::from(p);
-                    let scaled = if dropped { 0.0 } else { <T as Float>::to_f32(*v) * keep };
-                    *out = <T as Float>::from_f32(scaled);
-                }
-            }
-            Ok(())
+            let (x, keys, firsts) = (x.lend::<T>()?, View::Cpu(&keys[..]), View::Cpu(&firsts[..]));
+            kernels::dropout(x.view::<T>(), keys, firsts, width, p, y.view_mut::<T>())
         })
     })
 }

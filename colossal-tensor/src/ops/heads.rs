@@ -1,9 +1,10 @@
 //! Key/value heads chosen or repeated to fit the query heads that a rank holds.
 
-use super::produce_on_host;
+use super::produce;
 use crate::autograd::record;
-use crate::dtype::{any, float};
+use crate::dtype::float;
 use crate::error::Result;
+use crate::kernels;
 use crate::placement::Layout;
 use crate::tensor::Tensor;
 
@@ -19,28 +20,25 @@ impl Tensor {
         let (row, dim) = (full[2] * full[3], full[3]);
         let shape = [full[0], full[1], range.len(), dim];
         let inside = range.start * dim..range.end * dim;
-        let y = produce_on_host(self.scope(), &shape, self.dtype(), layout, |y| {
-            any!(self.dtype(), T => {
-                let x = self.read::<T>()?;
-                let rows = x.as_slice::<T>().chunks(row);
-                for (y, x) in y.as_mut_slice::<T>().chunks_mut(inside.len()).zip(rows) {
-                    y.copy_from_slice(&x[inside.clone()]);
-                }
-                Ok(())
+        let rows = full[0] * full[1];
+        let (block, whole, part) = ([rows, 1, inside.len()], [row, 0], [inside.len(), 0]);
+        let y = produce(self.scope(), &shape, self.dtype(), layout, |y| {
+            float!("take_heads", self.dtype(), T => {
+                let x = self.lend::<T>()?;
+                // Without rows there is no first one to begin in.
+                let x = x.view::<T>().range(inside.start.min(self.len())..self.len());
+                kernels::copy_block(x, whole, block, y.view_mut::<T>(), part)
             })
         })?;
         let back_layout = self.layout().dual();
         Ok(record("take_heads", y, &[self], move |dy, back| {
-            let dx = produce_on_host(dy.scope(), &full, dy.dtype(), back_layout, |dx| {
-                any!(dy.dtype(), T => {
-                    let dx = dx.as_mut_slice::<T>();
-                    dx.fill(bytemuck::Zeroable::zeroed());
-                    let dy = dy.read::<T>()?;
-                    let rows = dy.as_slice::<T>().chunks(inside.len());
-                    for (dx, dy) in dx.chunks_mut(row).zip(rows) {
-                        dx[inside.clone()].copy_from_slice(dy);
-                    }
-                    Ok(())
+            let dx = produce(dy.scope(), &full, dy.dtype(), back_layout, |dx| {
+                float!("take_heads", dy.dtype(), T => {
+                    dx.view_mut::<T>().zero()?;
+                    let dy = dy.lend::<T>()?;
+                    let all = rows * row;
+                    let dx = dx.view_mut::<T>().range(inside.start.min(all)..all);
+                    kernels::copy_block(dy.view::<T>(), part, block, dx, whole)
                 })
             })?;
             back.give(0, dx)
@@ -55,29 +53,19 @@ impl Tensor {
         let full = self.shape().to_vec();
         let dim = full[3];
         let shape = [full[0], full[1], full[2] * times, dim];
-        let y = produce_on_host(self.scope(), &shape, self.dtype(), self.layout(), |y| {
-            any!(self.dtype(), T => {
-                let x = self.read::<T>()?;
-                let copies = y.as_mut_slice::<T>().chunks_mut(times * dim);
-                for (y, x) in copies.zip(x.as_slice::<T>().chunks(dim)) {
-                    y.chunks_mut(dim).for_each(|y| y.copy_from_slice(x));
-                }
-                Ok(())
+        let heads = full[0] * full[1] * full[2];
+        let y = produce(self.scope(), &shape, self.dtype(), self.layout(), |y| {
+            float!("repeat_heads", self.dtype(), T => {
+                let (x, block) = (self.lend::<T>()?, [heads, times, dim]);
+                let y = y.view_mut::<T>();
+                kernels::copy_block(x.view::<T>(), [dim, 0], block, y, [times * dim, dim])
             })
         })?;
         Ok(record("repeat_heads", y, &[self], move |dy, back| {
-            let dx = produce_on_host(dy.scope(), &full, dy.dtype(), dy.layout(), |dx| {
+            let dx = produce(dy.scope(), &full, dy.dtype(), dy.layout(), |dx| {
                 float!("repeat_heads", dy.dtype(), T => {
-                    use colossal_kernels::Float;
-                    let dy = dy.read::<T>()?;
-                    let copies = dy.as_slice::<T>().chunks(times * dim);
-                    for (dx, dy) in dx.as_mut_slice::<T>().chunks_mut(dim).zip(copies) {
-                        for (c, dx) in dx.iter_mut().enumerate() {
-                            let sum = (0..times).map(|t| <T as Float>::to_f32(dy[t * dim + c]));
-                            *dx = <T as Float>::from_f32(sum.sum());
-                        }
-                    }
-                    Ok(())
+                    let dy = dy.lend::<T>()?;
+                    kernels::sum_groups(dy.view::<T>(), times, dim, dx.view_mut::<T>())
                 })
             })?;
             back.give(0, dx)

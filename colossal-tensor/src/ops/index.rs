@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{produce, produce_on_host};
+use super::produce;
 use crate::autograd::{Weight, record};
-use crate::dtype::{Dtype, any, float};
+use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::placement::Placement::{self, Shard};
@@ -90,29 +90,22 @@ impl Tensor {
             Placement::Shard(2) => Some(Placement::Shard(1)),
             other => Some(other),
         })?;
-        let y = produce_on_host(self.scope(), &[batch, dim], self.dtype(), layout, |y| {
-            any!(self.dtype(), T => {
-                let x = self.read::<T>()?;
-                for (b, (row, i)) in y.as_mut_slice::<T>().chunks_mut(dim).zip(index).enumerate() {
-                    let at = (b * seq + i) * dim;
-                    row.copy_from_slice(&x.as_slice::<T>()[at..at + dim]);
-                }
-                Ok(())
+        let places: Arc<Vec<i32>> =
+            Arc::new(index.iter().enumerate().map(|(b, i)| (b * seq + i) as i32).collect());
+        let y = produce(self.scope(), &[batch, dim], self.dtype(), layout, |y| {
+            float!("take_rows", self.dtype(), T => {
+                let x = self.lend::<T>()?;
+                kernels::embedding(View::Cpu(&places), x.view::<T>(), dim, y.view_mut::<T>())
             })
         })?;
         let (scope, shape) = (self.scope().clone(), self.shape().to_vec());
-        let (dtype, layout, index) = (self.dtype(), self.layout().dual(), index.to_vec());
+        let (dtype, layout) = (self.dtype(), self.layout().dual());
         Ok(record("take_rows", y, &[self], move |dy, back| {
-            let dx = produce_on_host(&scope, &shape, dtype, layout, |dx| {
-                any!(dtype, T => {
-                    let dx = dx.as_mut_slice::<T>();
-                    dx.fill(bytemuck::Zeroable::zeroed());
-                    let dy = dy.read::<T>()?;
-                    for (b, (row, i)) in dy.as_slice::<T>().chunks(dim).zip(&index).enumerate() {
-                        let at = (b * seq + i) * dim;
-                        dx[at..at + dim].copy_from_slice(row);
-                    }
-                    Ok(())
+            let dx = produce(&scope, &shape, dtype, layout, |dx| {
+                float!("take_rows", dtype, T => {
+                    dx.view_mut::<T>().zero()?;
+                    let (dy, at) = (dy.lend::<T>()?, View::Cpu(&places[..]));
+                    kernels::scatter_rows(dy.view::<T>(), at, dim, dx.view_mut::<T>())
                 })
             })?;
             back.give(0, dx)

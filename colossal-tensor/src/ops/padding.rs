@@ -5,6 +5,7 @@ use colossal_kernels::Float;
 use crate::autograd::{is_grad_enabled, record_edges};
 use crate::dtype::float;
 use crate::error::Result;
+use crate::kernels;
 use crate::storage::Buffer;
 use crate::tensor::Tensor;
 
@@ -34,14 +35,11 @@ impl Tensor {
         let fill = move |buffer: &mut Buffer, value: f32| {
             float!("mask_padding", dtype, T => {
                 let value = <T as Float>::from_f32(value);
-                for row in buffer.as_mut_slice::<T>().chunks_mut(width) {
-                    row[real..].fill(value);
-                }
-                Ok(())
+                kernels::fill_columns(buffer.view_mut::<T>(), width, real, value)
             })
         };
         let lowest = if dtype == crate::Dtype::F16 { LOWEST_F16 } else { LOWEST };
-        let mut logits = self.into_host_buffer()?;
+        let mut logits = self.into_buffer()?;
         fill(&mut logits, lowest)?;
         let y = Tensor::place(&scope, logits, &shape, dtype, layout)?;
         if !graph || !is_grad_enabled() {
@@ -49,7 +47,7 @@ impl Tensor {
         }
         Ok(record_edges("mask_padding", y, vec![edge], move |dy, back| {
             let layout = dy.layout();
-            let mut grad = dy.into_host_buffer()?;
+            let mut grad = dy.into_buffer()?;
             fill(&mut grad, 0.0)?;
             back.give(0, Tensor::place(&scope, grad, &shape, dtype, layout)?)
         }))

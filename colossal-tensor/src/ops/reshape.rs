@@ -1,9 +1,10 @@
 //! Views: the same elements under another shape.
 
-use super::produce_on_host;
+use super::produce;
 use crate::autograd::{Edge, record};
-use crate::dtype::any;
+use crate::dtype::float;
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::placement::Placement;
 use crate::propagate::propagate;
 use crate::tensor::Tensor;
@@ -83,14 +84,12 @@ impl Tensor {
         let y = self.rewrap(&shape, layout, range.start * row, Edge::None);
         let (scope, full, dtype) = (self.scope().clone(), self.shape().to_vec(), self.dtype());
         Ok(record("narrow", y, &[self], move |dy, back| {
-            let dx = produce_on_host(&scope, &full, dtype, dy.layout(), |dx| {
-                any!(dtype, T => {
-                    let dx = dx.as_mut_slice::<T>();
-                    dx[..range.start * row].fill(bytemuck::Zeroable::zeroed());
-                    dx[range.end * row..].fill(bytemuck::Zeroable::zeroed());
-                    let inside = &mut dx[range.start * row..range.end * row];
-                    inside.copy_from_slice(dy.read::<T>()?.as_slice::<T>());
-                    Ok(())
+            let dx = produce(&scope, &full, dtype, dy.layout(), |dx| {
+                float!("narrow", dtype, T => {
+                    dx.view_mut::<T>().zero()?;
+                    let inside = dx.view_mut::<T>().range(range.start * row..range.end * row);
+                    let dy = dy.lend::<T>()?;
+                    kernels::copy_block(dy.view::<T>(), [0; 2], [1, 1, inside.len()], inside, [0; 2])
                 })
             })?;
             back.give(0, dx)
