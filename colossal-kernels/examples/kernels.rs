@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use colossal_kernels::cuda::{Build, catalog};
 
 /// Kernels that may spill, and how many bytes: a predicate or two around the main loop.
-const MAY_SPILL: [(&str, u32); 2] = [("gemm_mm", 8), ("attention_backward_kv", 16)];
+const MAY_SPILL: [(&str, u32); 3] = [("gemm_mm", 8), ("attention_backward_kv", 16), ("decode", 8)];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

@@ -4,11 +4,12 @@
 
 use std::ffi::c_void;
 
+use super::decode;
 use super::{Arg, Error, Function, Grid, Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::attention::AttentionShape;
 use crate::float::Float;
 
-pub(super) static ATTENTION: Source = source!("attention");
+pub(super) static ATTENTION: Source = source!("attention", "attention_shape");
 
 /// The sizes, and their names as definitions.
 pub(super) const SIZES: [(usize, &str); 7] =
@@ -20,7 +21,7 @@ const ROWS: usize = 64;
 /// `Shape` of the kernels.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-struct Shape {
+pub(super) struct Shape {
     q_len: u32,
     kv_len: u32,
     heads: u32,
@@ -45,13 +46,13 @@ unsafe impl Arg for Shape {
 }
 
 /// The kernels for one size of a head, and a call's shape.
-struct Call<'a> {
-    stream: &'a Stream,
-    shape: Shape,
+pub(super) struct Call<'a> {
+    pub(super) stream: &'a Stream,
+    pub(super) shape: Shape,
     /// The size of a head in shared memory.
-    room: usize,
-    label: &'static str,
-    ty: &'static str,
+    pub(super) room: usize,
+    pub(super) label: &'static str,
+    pub(super) ty: &'static str,
     element: usize,
 }
 
@@ -164,6 +165,9 @@ pub fn flash_attention<T: Float>(
 ) -> Result<()> {
     s.check(q.len(), k.len(), v.len(), out.len(), lse.len());
     Call::with::<T>(stream, s, |call| {
+        if decode::fits(s) {
+            return decode::decode(call, s, q, k, v, out, lse);
+        }
         let grid = Grid {
             blocks: [s.q_len.div_ceil(ROWS) as u32, s.heads as u32, s.batch as u32],
             threads: [128, 1, 1],

@@ -1,8 +1,8 @@
 //! All files of kernels under the definitions that launchers ask for: what is built beforehand.
 
 use super::{
-    Source, activation, attention, blocks, cast, cross_entropy, elementwise, embedding, gemm, norm,
-    optimizer, reduce, rope, rows, softmax,
+    Source, activation, attention, blocks, cast, cross_entropy, decode, elementwise, embedding,
+    gemm, norm, optimizer, reduce, rope, rows, softmax,
 };
 
 /// A file of kernels, and what it is compiled under.
@@ -35,9 +35,10 @@ pub fn catalog() -> Vec<Build> {
     for source in of_each_type {
         builds.extend(TYPES.map(|t| Build { source, defines: vec![("TYPE", t)] }));
     }
-    for (_, size) in attention::SIZES {
-        let source = &attention::ATTENTION;
-        builds.extend(TYPES.map(|t| Build { source, defines: vec![("TYPE", t), ("D", size)] }));
+    for source in [&attention::ATTENTION, &decode::DECODE] {
+        for (_, size) in attention::SIZES {
+            builds.extend(TYPES.map(|t| Build { source, defines: vec![("TYPE", t), ("D", size)] }));
+        }
     }
     for from in TYPES {
         let source = &cast::CAST;

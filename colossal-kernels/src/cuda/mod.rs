@@ -29,6 +29,7 @@ mod blocks;
 mod cast;
 mod catalog;
 mod cross_entropy;
+mod decode;
 mod device;
 mod elementwise;
 mod embedding;

@@ -39,6 +39,17 @@ macro_rules! source {
             ),
         }
     };
+    // With what several files share.
+    ($name:literal, $shared:literal) => {
+        $crate::cuda::Source {
+            name: $name,
+            text: concat!(
+                include_str!("../../cuda/prim.cuh"),
+                include_str!(concat!("../../cuda/", $shared, ".cuh")),
+                include_str!(concat!("../../cuda/", $name, ".cu"))
+            ),
+        }
+    };
 }
 pub(crate) use source;
 

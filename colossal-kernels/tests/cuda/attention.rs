@@ -12,6 +12,13 @@ fn shapes(f: impl Fn(&AttentionShape<'_>)) {
     f(&plain(1, 1, 1, 1, 1, 1));
     f(&plain(2, 1, 150, 4, 2, 16));
     f(&plain(1, 150, 150, 2, 2, 16));
+    // Few queries: keys in splits.
+    f(&plain(1, 3, 700, 2, 1, 64));
+    f(&plain(1, 1, 300, 10, 2, 40));
+    f(&plain(1, 1, 100, 1, 1, 128));
+    f(&plain(1, 2, 90, 2, 2, 250));
+    f(&AttentionShape { window: Some(100), ..plain(1, 4, 600, 2, 2, 32) });
+    f(&AttentionShape { causal: false, ..plain(2, 2, 131, 6, 2, 7) });
     f(&plain(1, 70, 200, 4, 2, 24));
     f(&plain(1, 75, 130, 2, 1, 40));
     f(&plain(1, 70, 70, 2, 1, 64));
@@ -31,6 +38,7 @@ fn shapes(f: impl Fn(&AttentionShape<'_>)) {
     let bias = AttentionBias { data: &data, batch_stride: 0, head_stride: 30 * 50 };
     f(&AttentionShape { bias: Some(bias), ..plain(2, 30, 50, 2, 2, 16) });
     f(&AttentionShape { bias: Some(bias), causal: false, ..plain(1, 30, 50, 2, 2, 16) });
+    f(&AttentionShape { bias: Some(bias), ..plain(1, 3, 50, 2, 2, 16) });
 }
 
 /// Errors are measured by the largest element: a gradient is a sum of terms that cancel.
