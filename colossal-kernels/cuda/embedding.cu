@@ -61,7 +61,6 @@ extern "C" __global__ void __launch_bounds__(256)
       const auto d = load_part<K>(dy + (u64)matches[m] * dim + column, width, vectors);
       for (int k = 0; k < K; ++k) sums.v[k] += d.v[k];
     }
-    __syncthreads();
   }
   store_part<K>(to, sums, width, vectors);
 }

@@ -135,6 +135,14 @@ twins! {
         dloss: View<'_, f32>, targets: View<'_, i32>, vocab: usize, ignore: i32,
         lse: View<'_, f32>, logits_to_grad: ViewMut<'_, T>,
     );
+    combine_rows(
+        at: View<'_, i32>, weights: View<'_, f32>, k: usize, rows: View<'_, T>, width: usize,
+        y: ViewMut<'_, T>,
+    );
+    combine_rows_backward(
+        at: View<'_, i32>, weights: View<'_, f32>, k: usize, rows: View<'_, T>, width: usize,
+        dy: View<'_, T>, drows: ViewMut<'_, T>, dweights: ViewMut<'_, f32>,
+    );
     scatter_rows(x: View<'_, T>, index: View<'_, i32>, width: usize, y: ViewMut<'_, T>);
     sum_groups(x: View<'_, T>, times: usize, width: usize, y: ViewMut<'_, T>);
     dropout(
@@ -202,6 +210,71 @@ pub fn gemm<T: Float, O: Float>(
             on_cuda!(stream, (x, y, c, bias) => product!(cuda, x, y, c, bias, &stream))
         }
         None => on_host!((x, y, c, bias) => product!(colossal_kernels, x, y, c, bias)),
+    }
+    Ok(())
+}
+
+/// A matrix within an operand of [`gemm_grouped`]: where it begins, and how it lies.
+#[derive(Debug, Clone, Copy)]
+pub struct Part {
+    at: usize,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl Part {
+    /// A dense row-major matrix that begins at an element.
+    pub fn new(at: usize, rows: usize, cols: usize) -> Part {
+        Part { at, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// Its transpose, without moving anything.
+    pub fn t(self) -> Part {
+        let Part { at, rows, cols, row_stride, col_stride } = self;
+        Part { at, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
+    }
+}
+
+/// [`colossal_kernels::gemm_grouped`], products of parts `(a, b, where the result begins)` of `x`
+/// and `w`.
+pub fn gemm_grouped<T: Float, O: Float>(
+    x: View<'_, T>,
+    w: View<'_, T>,
+    parts: &[(Part, Part, usize)],
+    y: ViewMut<'_, O>,
+    accumulate: bool,
+) -> Result<()> {
+    macro_rules! products {
+        ($module:ident, $x:ident, $w:ident, |$data:ident: $ty:ty, $from:ident| $tail:expr) => {{
+            let product = |(a, b, at): &(Part, Part, usize)| {
+                let [a, b] = [($x, a), ($w, b)].map(|($data, p): ($ty, &Part)| {
+                    let $from = p.at;
+                    $module::Mat {
+                        data: $tail,
+                        rows: p.rows,
+                        cols: p.cols,
+                        row_stride: p.row_stride,
+                        col_stride: p.col_stride,
+                    }
+                });
+                $module::Product { a, b, at: *at }
+            };
+            parts.iter().map(product).collect::<Vec<_>>()
+        }};
+    }
+    match stream_of!(x, w, y) {
+        Some(stream) => on_cuda!(stream, (x, w, y) => {
+            let e = cuda::Epilogue { accumulate, ..Default::default() };
+            let list = products!(cuda, x, w, |data: cuda::Slice<'_, T>, from| data.range(from..data.len()));
+            cuda::gemm_grouped(&stream, &list, y, &e)
+        }),
+        None => on_host!((x, w, y) => {
+            let e = colossal_kernels::Epilogue { accumulate, ..Default::default() };
+            let list = products!(colossal_kernels, x, w, |data: &[T], from| &data[from..]);
+            colossal_kernels::gemm_grouped(&list, y, &e);
+        }),
     }
     Ok(())
 }

@@ -154,7 +154,11 @@ static void entry() {
 extern "C" unsigned char __start_cuemu_shared[] __attribute__((weak, visibility("hidden")));
 extern "C" unsigned char __stop_cuemu_shared[] __attribute__((weak, visibility("hidden")));
 
-static void run_block(Launch* l, unsigned char* stacks, const unsigned* order, unsigned threads) {
+/// In which order warps, and the lanes of each, get their turn. A greedy warp goes on until it waits
+/// for others; without greed all go on in step.
+struct Order { unsigned warps[32], lanes[32]; bool greedy; };
+
+static void run_block(Launch* l, unsigned char* stacks, const Order& order, unsigned threads) {
   memset(shared, 0xff, l->shared);
   memset(shared + l->shared, 0xa5, CANARY);
   if (__start_cuemu_shared) memset(__start_cuemu_shared, 0xff, __stop_cuemu_shared - __start_cuemu_shared);
@@ -175,9 +179,15 @@ static void run_block(Launch* l, unsigned char* stacks, const unsigned* order, u
   }
   while (alive && !failed) {
     const uint64_t before = progress;
-    for (unsigned k = 0; k < threads && !failed; ++k) {
-      current = &fibers[order[k]];
-      if (!current->done) cuemu_switch(&scheduler, current->stack_pointer);
+    for (unsigned w = 0; w < threads / 32; ++w) {
+      uint64_t start;
+      do {
+        start = progress;
+        for (unsigned k = 0; k < 32 && !failed; ++k) {
+          current = &fibers[order.warps[w] * 32 + order.lanes[k]];
+          if (!current->done) cuemu_switch(&scheduler, current->stack_pointer);
+        }
+      } while (order.greedy && progress != start && !failed);
     }
     if (progress == before && alive && !failed) {
       failed = true;
@@ -204,12 +214,18 @@ static int start(void (*f)(void**), Launch* l) {
     snprintf(l->message, sizeof l->message, "%u threads are not whole warps", threads);
     return FAILED;
   }
-  unsigned order[1024], seed = l->order;
-  for (unsigned i = 0; i < threads; ++i) order[i] = l->order == 1 ? threads - 1 - i : i;
-  for (unsigned i = threads - 1; i > 0 && l->order > 1; --i) {
-    seed = seed * 1664525u + 1013904223u;
-    std::swap(order[i], order[(seed >> 8) % (i + 1)]);
-  }
+  Order order;
+  order.greedy = l->order != 0;
+  unsigned seed = l->order;
+  const auto fill = [&](unsigned* to, unsigned n) {
+    for (unsigned i = 0; i < n; ++i) to[i] = l->order == 1 ? n - 1 - i : i;
+    for (unsigned i = n - 1; i > 0 && l->order > 1; --i) {
+      seed = seed * 1664525u + 1013904223u;
+      std::swap(to[i], to[(seed >> 8) % (i + 1)]);
+    }
+  };
+  fill(order.warps, threads / 32);
+  fill(order.lanes, 32);
   body = f;
   launch = l;
   block_dim = l->block;

@@ -100,7 +100,7 @@ fn losses<T: Float>(stream: &Stream) {
         let n = rows * vocab;
         let x: Vec<T> = noise::<T>(n, 1).iter().map(|x| T::from_f32(8.0 * x.to_f32())).collect();
         let mut targets: Vec<i32> = (0..rows).map(|r| (r * 7 % vocab) as i32).collect();
-        targets.iter_mut().zip([-100, ELSEWHERE, -3]).skip(1).for_each(|(t, odd)| *t = odd);
+        targets.iter_mut().skip(1).zip([-100, ELSEWHERE, -3]).for_each(|(t, odd)| *t = odd);
         let mut dloss = noise::<f32>(rows, 2);
         dloss.iter_mut().skip(5).take(1).for_each(|d| *d = 0.0);
         let [mut loss, mut lse, mut max, mut sum] = [(); 4].map(|()| zeros::<f32>(rows));

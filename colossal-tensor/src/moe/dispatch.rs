@@ -4,17 +4,20 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use colossal_comm::Group;
-use colossal_kernels as kernels;
+use colossal_kernels as host;
 
 use super::Routing;
 use crate::autograd::{pretended, record};
 use crate::dtype::{Element, float};
 use crate::error::{Error, Result, comm};
-use crate::ops::produce_on_host;
+use crate::kernels;
+use crate::ops::{produce, produce_on_host};
+use crate::placement::Layout;
 use crate::placement::Placement::{self, Invariant, Partial, Replicate, Shard};
 use crate::propagate::propagate;
 use crate::storage::Buffer;
 use crate::tensor::{Scope, Tensor};
+use crate::view::{View, ViewMut};
 
 impl Tensor {
     /// Rows `[rows, h]` of the tokens `[.., h]`, sorted by expert, at the ranks of `journey`.
@@ -33,24 +36,43 @@ impl Tensor {
             return Err(Error::shape("dispatch", self.shape(), &right, "tokens that were routed"));
         }
         journey.pretend_to_send("dispatch", self.scope(), width * self.dtype().bytes());
-        let y = produce_on_host(self.scope(), &shape, self.dtype(), layout, |y| {
-            float!("dispatch", self.dtype(), T => {
-                let x = self.read::<T>()?;
-                journey.there(width, y.as_mut_slice::<T>(), |rows| {
-                    kernels::embedding(&journey.tokens, x.as_slice::<T>(), width, rows);
+        let y = if journey.group.is_none() {
+            produce(self.scope(), &shape, self.dtype(), layout, |y| {
+                float!("dispatch", self.dtype(), T => {
+                    let (x, tokens) = (self.lend::<T>()?, View::Cpu(&journey.tokens[..]));
+                    kernels::embedding(tokens, x.view::<T>(), width, y.view_mut::<T>())
                 })
-            })
-        })?;
+            })?
+        } else {
+            produce_on_host(self.scope(), &shape, self.dtype(), layout, |y| {
+                float!("dispatch", self.dtype(), T => {
+                    let x = self.read::<T>()?;
+                    journey.there(width, y.as_mut_slice::<T>(), |rows| {
+                        host::embedding(&journey.tokens, x.as_slice::<T>(), width, rows);
+                    })
+                })
+            })?
+        };
         let (shape, layout, journey) =
             (self.shape().to_vec(), self.layout().dual(), journey.clone());
         Ok(record("dispatch", y, &[self], move |dy, back| {
+            let ones = vec![1.0; journey.choices];
+            let (at, k) = (&journey.places, journey.k);
+            if journey.group.is_none() {
+                let dx = produce(dy.scope(), &shape, dy.dtype(), layout, |dx| {
+                    float!("dispatch", dy.dtype(), T => {
+                        let (dy, dx) = (dy.lend::<T>()?, dx.view_mut::<T>());
+                        let (at, ones) = (View::Cpu(&at[..]), View::Cpu(&ones[..]));
+                        kernels::combine_rows(at, ones, k, dy.view::<T>(), width, dx)
+                    })
+                })?;
+                return back.give(0, dx);
+            }
             let dx = produce_on_host(dy.scope(), &shape, dy.dtype(), layout, |dx| {
                 float!("dispatch", dy.dtype(), T => {
                     let dy = dy.read::<T>()?;
                     let rows = journey.back(dy.as_slice::<T>(), width)?;
-                    let ones = vec![1.0; journey.choices];
-                    let (at, k) = (&journey.places, journey.k);
-                    kernels::combine_rows(at, &ones, k, &rows, width, dx.as_mut_slice::<T>());
+                    host::combine_rows(at, &ones, k, &rows, width, dx.as_mut_slice::<T>());
                     Ok(())
                 })
             })?;
@@ -81,20 +103,18 @@ impl Tensor {
             return Ok(pretended("combine", y, &[self, weights], &[&rows, weights]));
         }
         let w = weights.to_vec()?;
+        if journey.group.is_none() {
+            return self.combine_here(weights, w, journey, (&shape, layout));
+        }
         let (y, came) = float!("combine", dtype, T => {
             let rows = self.read::<T>()?;
             let rows = journey.back(rows.as_slice::<T>(), width)?;
             let y = produce_on_host(&scope, &shape, dtype, layout, |y| {
-                kernels::combine_rows(&journey.places, &w, k, &rows, width, y.as_mut_slice::<T>());
+                host::combine_rows(&journey.places, &w, k, &rows, width, y.as_mut_slice::<T>());
                 Ok(())
             })?;
-            Ok((y, match rows {
-                Cow::Borrowed(_) => None,
-                Cow::Owned(rows) => Some(Buffer::from_slice(&rows)),
-            }))
+            Ok((y, Buffer::from_slice(&rows)))
         })?;
-        // Rows that never left are kept where they are.
-        let stayed = came.is_none().then(|| self.detach());
         let (row_layout, row_shape) = (self.layout().dual(), self.shape().to_vec());
         let (weight_layout, weight_shape) = (weights.layout().dual(), weights.shape().to_vec());
         let journey = journey.clone();
@@ -103,16 +123,46 @@ impl Tensor {
             let dx = produce_on_host(&scope, &row_shape, dtype, row_layout, |dx| {
                 float!("combine", dtype, T => {
                     let dy = dy.read::<T>()?;
-                    let stayed = stayed.as_ref().map(|x| x.read::<T>()).transpose()?;
-                    let rows = match (&came, &stayed) {
-                        (Some(rows), _) => rows.as_slice::<T>(),
-                        (None, Some(rows)) => rows.as_slice::<T>(),
-                        (None, None) => &[],
-                    };
+                    let rows = came.as_slice::<T>();
                     journey.there(width, dx.as_mut_slice::<T>(), |leaving| {
                         let (at, dy) = (&journey.places, dy.as_slice::<T>());
-                        kernels::combine_rows_backward(at, &w, k, rows, width, dy, leaving, &mut dw);
+                        host::combine_rows_backward(at, &w, k, rows, width, dy, leaving, &mut dw);
                     })
+                })
+            })?;
+            back.give(1, Tensor::from_slice(&scope, &dw, &weight_shape, weight_layout)?)?;
+            back.give(0, dx)
+        }))
+    }
+
+    /// As [`Tensor::combine_rows`], of rows that never left this rank.
+    fn combine_here(
+        &self,
+        weights: &Tensor,
+        w: Vec<f32>,
+        journey: &Arc<Journey>,
+        (shape, layout): (&[usize], Layout),
+    ) -> Result<Tensor> {
+        let (width, k, scope, dtype) =
+            (self.last_dim(), journey.k, self.scope().clone(), self.dtype());
+        let y = produce(&scope, shape, dtype, layout, |y| {
+            float!("combine", dtype, T => {
+                let (rows, y) = (self.lend::<T>()?, y.view_mut::<T>());
+                let (at, w) = (View::Cpu(&journey.places[..]), View::Cpu(&w[..]));
+                kernels::combine_rows(at, w, k, rows.view::<T>(), width, y)
+            })
+        })?;
+        let (rows, row_layout, journey) = (self.detach(), self.layout().dual(), journey.clone());
+        let (weight_layout, weight_shape) = (weights.layout().dual(), weights.shape().to_vec());
+        Ok(record("combine", y, &[self, weights], move |dy, back| {
+            let mut dw = vec![0.0f32; w.len()];
+            let dx = produce(&scope, rows.shape(), dtype, row_layout, |dx| {
+                float!("combine", dtype, T => {
+                    let (rows, dy, dx) = (rows.lend::<T>()?, dy.lend::<T>()?, dx.view_mut::<T>());
+                    let (at, w) = (View::Cpu(&journey.places[..]), View::Cpu(&w[..]));
+                    let dw = ViewMut::Cpu(&mut dw[..]);
+                    let (rows, dy) = (rows.view::<T>(), dy.view::<T>());
+                    kernels::combine_rows_backward(at, w, k, rows, width, dy, dx, dw)
                 })
             })?;
             back.give(1, Tensor::from_slice(&scope, &dw, &weight_shape, weight_layout)?)?;

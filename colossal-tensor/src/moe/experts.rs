@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use colossal_kernels::{self as kernels, Epilogue, Mat, Product};
-
 use super::Journey;
-use crate::autograd::{Weight, record};
+use crate::autograd::{Accumulator, Weight, record};
 use crate::dtype::float;
 use crate::error::{Error, Result};
-use crate::ops::{produce_on_host, same_dtype};
+use crate::kernels::{self, Part};
+use crate::ops::{produce, same_dtype};
 use crate::placement::Placement::{Invariant, Partial, Replicate, Shard};
 use crate::propagate::propagate;
 use crate::tensor::Tensor;
@@ -34,57 +33,47 @@ impl Tensor {
             (Invariant, Invariant) => Some(Invariant),
             _ => None,
         })?;
-        let y = produce_on_host(self.scope(), &[rows, n], self.dtype(), layout, |y| {
+        let y = produce(self.scope(), &[rows, n], self.dtype(), layout, |y| {
             float!(op, self.dtype(), T => {
-                let (x, w) = (self.read::<T>()?, weight.read::<T>()?);
-                let (x, w, y) = (x.as_slice::<T>(), w.as_slice::<T>(), y.as_mut_slice::<T>());
-                let products = journey.products(|e, at, m| Product {
-                    a: Mat::new(&x[at * k..][..m * k], m, k),
-                    b: Mat::new(&w[e * n * k..][..n * k], n, k).t(),
-                    at: at * n,
+                let (x, w) = (self.lend::<T>()?, weight.lend::<T>()?);
+                let products = journey.products(|e, at, m| {
+                    (Part::new(at * k, m, k), Part::new(e * n * k, n, k).t(), at * n)
                 });
-                kernels::gemm_grouped(&products, y, &Epilogue::default());
-                Ok(())
+                let y = y.view_mut::<T>();
+                kernels::gemm_grouped(x.view::<T>(), w.view::<T>(), &products, y, false)
             })
         })?;
         let (x, w, like, journey) =
             (self.detach(), weight.detach(), Weight::like(weight), journey.clone());
         Ok(record(op, y, &[self, weight], move |dy, back| {
             if back.wants(0) {
-                let dx =
-                    produce_on_host(x.scope(), x.shape(), x.dtype(), x.layout().dual(), |dx| {
-                        float!(op, dy.dtype(), T => {
-                            let (dy, w) = (dy.read::<T>()?, w.read::<T>()?);
-                            let (dy, w) = (dy.as_slice::<T>(), w.as_slice::<T>());
-                            let dx = dx.as_mut_slice::<T>();
-                            let products = journey.products(|e, at, m| Product {
-                                a: Mat::new(&dy[at * n..][..m * n], m, n),
-                                b: Mat::new(&w[e * n * k..][..n * k], n, k),
-                                at: at * k,
-                            });
-                            kernels::gemm_grouped(&products, dx, &Epilogue::default());
-                            Ok(())
-                        })
-                    })?;
+                let layout = x.layout().dual();
+                let dx = produce(x.scope(), x.shape(), x.dtype(), layout, |dx| {
+                    float!(op, dy.dtype(), T => {
+                        let (dy, w) = (dy.lend::<T>()?, w.lend::<T>()?);
+                        let products = journey.products(|e, at, m| {
+                            (Part::new(at * n, m, n), Part::new(e * n * k, n, k), at * k)
+                        });
+                        let dx = dx.view_mut::<T>();
+                        kernels::gemm_grouped(dy.view::<T>(), w.view::<T>(), &products, dx, false)
+                    })
+                })?;
                 back.give(0, dx)?;
             }
             back.weight_fresh(1, &like, move |dw| {
-                dw.on_host(|dw, fresh| float!(op, dy.dtype(), T => {
-                    let (dy, x) = (dy.read::<T>()?, x.read::<T>()?);
-                    let (dy, x) = (dy.as_slice::<T>(), x.as_slice::<T>());
-                    let accumulate = !fresh;
-                    if !accumulate {
-                        let idle = journey.starts.windows(2).zip(dw.chunks_mut(n * k));
-                        idle.filter(|(ends, _)| ends[0] == ends[1]).for_each(|(_, dw)| dw.fill(0.0));
+                let Accumulator { mut sum, fresh } = dw;
+                float!(op, dy.dtype(), T => {
+                    let (dy, x) = (dy.lend::<T>()?, x.lend::<T>()?);
+                    // No product writes the gradient of an expert without rows.
+                    let idle = journey.starts.windows(2).enumerate();
+                    for (e, _) in idle.filter(|(_, ends)| fresh && ends[0] == ends[1]) {
+                        sum.reborrow().range(e * n * k..(e + 1) * n * k).zero()?;
                     }
-                    let products = journey.products(|e, at, m| Product {
-                        a: Mat::new(&dy[at * n..][..m * n], m, n).t(),
-                        b: Mat::new(&x[at * k..][..m * k], m, k),
-                        at: e * n * k,
+                    let products = journey.products(|e, at, m| {
+                        (Part::new(at * n, m, n).t(), Part::new(at * k, m, k), e * n * k)
                     });
-                    kernels::gemm_grouped(&products, dw, &Epilogue { accumulate, ..Epilogue::default() });
-                    Ok(())
-                }))
+                    kernels::gemm_grouped(dy.view::<T>(), x.view::<T>(), &products, sum, !fresh)
+                })
             })
         }))
     }
