@@ -34,17 +34,24 @@ fn folder() -> tempfile::TempDir {
            "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
            "max_position_embeddings": 128}}"#
     );
+    let experts = config.replace("llama", "mixtral").replacen(
+        '{',
+        r#"{"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1, "#,
+        1,
+    );
     std::fs::write(dir.path().join("config.json"), config).unwrap();
+    std::fs::write(dir.path().join("experts.json"), experts).unwrap();
     dir
 }
 
 fn pretrain(dir: &Path, out: &str, device: &str, more: &[&str], env: &[(&str, &str)]) -> Output {
     let at = |name: &str| dir.join(name).to_str().unwrap().to_string();
+    let model = if out.starts_with("experts") { "experts.json" } else { "config.json" };
     // Packed for another machine, the program lies elsewhere.
     let program = std::env::var("COLOSSAL_PROGRAM");
     Command::new(program.as_deref().unwrap_or(env!("CARGO_BIN_EXE_colossal")))
         .args(["train", "pretrain", "--device", device])
-        .args(["--model", &at("config.json"), "--data", &at("text.txt")])
+        .args(["--model", &at(model), "--data", &at("text.txt")])
         .args(["--output-dir", &at(out), "--steps", "6", "--batch", "4", "--max-length", "24"])
         .args(["--lr", "1e-2", "--save-every", "2"])
         .args(more)
@@ -75,6 +82,7 @@ fn training_on_a_gpu_equals_training_on_the_cpu() {
         ("one", &[][..]),
         ("two", &["--plan.dp", "2", "--plan.zero", "1", "--plan.microbatches", "2"]),
         ("bf16", &["--plan.precision", "bf16"]),
+        ("experts", &[]),
     ] {
         let on = |device: &str| {
             let out = format!("{name}-{device}");

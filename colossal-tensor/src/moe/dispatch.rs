@@ -8,7 +8,7 @@ use colossal_kernels as host;
 
 use super::Routing;
 use crate::autograd::{pretended, record};
-use crate::dtype::{Element, float};
+use crate::dtype::{Dtype, Element, float};
 use crate::error::{Error, Result, comm};
 use crate::kernels;
 use crate::ops::{produce, produce_on_host};
@@ -17,7 +17,7 @@ use crate::placement::Placement::{self, Invariant, Partial, Replicate, Shard};
 use crate::propagate::propagate;
 use crate::storage::Buffer;
 use crate::tensor::{Scope, Tensor};
-use crate::view::{View, ViewMut};
+use crate::view::View;
 
 impl Tensor {
     /// Rows `[rows, h]` of the tokens `[.., h]`, sorted by expert, at the ranks of `journey`.
@@ -155,17 +155,16 @@ impl Tensor {
         let (rows, row_layout, journey) = (self.detach(), self.layout().dual(), journey.clone());
         let (weight_layout, weight_shape) = (weights.layout().dual(), weights.shape().to_vec());
         Ok(record("combine", y, &[self, weights], move |dy, back| {
-            let mut dw = vec![0.0f32; w.len()];
+            let mut dw = scope.room::<f32>(w.len())?;
             let dx = produce(&scope, rows.shape(), dtype, row_layout, |dx| {
                 float!("combine", dtype, T => {
                     let (rows, dy, dx) = (rows.lend::<T>()?, dy.lend::<T>()?, dx.view_mut::<T>());
                     let (at, w) = (View::Cpu(&journey.places[..]), View::Cpu(&w[..]));
-                    let dw = ViewMut::Cpu(&mut dw[..]);
-                    let (rows, dy) = (rows.view::<T>(), dy.view::<T>());
+                    let (rows, dy, dw) = (rows.view::<T>(), dy.view::<T>(), dw.view_mut());
                     kernels::combine_rows_backward(at, w, k, rows, width, dy, dx, dw)
                 })
             })?;
-            back.give(1, Tensor::from_slice(&scope, &dw, &weight_shape, weight_layout)?)?;
+            back.give(1, Tensor::wrap(&scope, dw, &weight_shape, Dtype::F32, weight_layout))?;
             back.give(0, dx)
         }))
     }
