@@ -11,6 +11,8 @@ mod blocks;
 mod check;
 #[path = "cuda/elementwise.rs"]
 mod elementwise;
+#[path = "cuda/faults.rs"]
+mod faults;
 #[path = "cuda/gemm.rs"]
 mod gemm;
 #[path = "cuda/optimizer.rs"]

@@ -55,8 +55,9 @@ pub fn catalog() -> Vec<Build> {
     builds
 }
 
-/// Is it listed? Under other values of its definitions it is compiled when it is met.
+/// Is it listed? Under other values of its definitions it is compiled when it is met; a source
+/// without any is a caller's own.
 pub(super) fn lists(source: &'static Source, defines: &[(&str, &str)]) -> bool {
     let names = |b: &Build| b.defines.iter().map(|d| d.0).eq(defines.iter().map(|d| d.0));
-    catalog().iter().any(|b| std::ptr::eq(b.source, source) && names(b))
+    defines.is_empty() || catalog().iter().any(|b| std::ptr::eq(b.source, source) && names(b))
 }
