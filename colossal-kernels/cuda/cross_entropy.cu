@@ -8,16 +8,13 @@ extern "C" __global__ void __launch_bounds__(512)
     cross_entropy(const T* __restrict__ logits, const int* __restrict__ targets, u32 vocab, int ignore,
                   float* __restrict__ loss, float* __restrict__ lse) {
   logits += (u64)blockIdx.x * vocab;
-  row_wise<K>(vocab, aligned(logits), [&](auto lanes) {
-    constexpr int N = lanes.n;
-    const RowStats s = row_stats<N>(logits, vocab);
-    if (threadIdx.x == 0) {
-      const int t = targets[blockIdx.x];
-      const float z = s.max + logf(s.sum);
-      lse[blockIdx.x] = z;
-      loss[blockIdx.x] = t != ignore && (u32)t < vocab ? z - widen(logits[t]) : 0.0f;
-    }
-  });
+  const RowStats s = row_stats<K>(logits, vocab);
+  if (threadIdx.x == 0) {
+    const int t = targets[blockIdx.x];
+    const float z = s.max + logf(s.sum);
+    lse[blockIdx.x] = z;
+    loss[blockIdx.x] = t != ignore && (u32)t < vocab ? z - widen(logits[t]) : 0.0f;
+  }
 }
 KERNEL(cross_entropy)
 
@@ -30,17 +27,23 @@ extern "C" __global__ void __launch_bounds__(256)
     const int t = targets[row];
     const float d = dloss[row], z = lse[row];
     const bool none = t == ignore || d == 0.0f;
-    each<K>(vocab, aligned(x), [&](u64 i, auto lanes) {
+    const auto finish = [&](u32 i, auto lanes) {
       constexpr int N = lanes.n;
       Floats<N> p;
       if (none) {
         for (int k = 0; k < N; ++k) p.v[k] = 0.0f;
       } else {
         p = load<N>(x + i);
-        for (int k = 0; k < N; ++k) p.v[k] = d * (expf(p.v[k] - z) - (i + k == (u64)(u32)t ? 1.0f : 0.0f));
+        for (int k = 0; k < N; ++k) p.v[k] = d * (expf(p.v[k] - z) - (i + k == (u32)t ? 1.0f : 0.0f));
       }
       store(x + i, p);
-    });
+    };
+    // A vector of a row that begins anywhere; the first threads take what is before.
+    const u32 skip = before_vectors(x, vocab), thread = blockIdx.x * blockDim.x + threadIdx.x;
+    if (thread < skip) finish(thread, Lanes<1>());
+    const u32 i = skip + thread * K;
+    if (i + K <= vocab) finish(i, Lanes<K>());
+    else for (u32 j = i; j < vocab; ++j) finish(j, Lanes<1>());
   }
 }
 KERNEL(cross_entropy_backward)
@@ -48,13 +51,10 @@ KERNEL(cross_entropy_backward)
 extern "C" __global__ void __launch_bounds__(512)
     logits_stats(const T* __restrict__ logits, u32 vocab, float* __restrict__ max, float* __restrict__ sum) {
   logits += (u64)blockIdx.x * vocab;
-  row_wise<K>(vocab, aligned(logits), [&](auto lanes) {
-    constexpr int N = lanes.n;
-    const RowStats s = row_stats<N>(logits, vocab);
-    if (threadIdx.x == 0) {
-      max[blockIdx.x] = s.max;
-      sum[blockIdx.x] = s.sum;
-    }
-  });
+  const RowStats s = row_stats<K>(logits, vocab);
+  if (threadIdx.x == 0) {
+    max[blockIdx.x] = s.max;
+    sum[blockIdx.x] = s.sum;
+  }
 }
 KERNEL(logits_stats)

@@ -116,6 +116,23 @@ template <int K, class F> INLINE void along(u32 dim, F f) {
   for (u32 i = threadIdx.x * K; i < dim; i += blockDim.x * K) f(i);
 }
 
+/// Elements before the first that lies on 16 bytes: rows of an odd length begin anywhere.
+template <class E> INLINE u32 before_vectors(const E* x, u32 dim) {
+  return min(dim, (u32)((16 - (reinterpret_cast<u64>(x) & 15)) & 15) / (u32)sizeof(E));
+}
+/// Do operands lie alike towards 16 bytes?
+template <class A, class B> INLINE bool alike(const A* a, const B* b) {
+  return ((reinterpret_cast<u64>(a) ^ reinterpret_cast<u64>(b)) & 15) == 0;
+}
+/// `f(i, lanes)` for this thread's part of a row that begins at x: whole vectors within, single
+/// elements at its ends, or everywhere if `vectors` is false.
+template <int K, class E, class F> INLINE void across(const E* x, u32 dim, bool vectors, F f) {
+  const u32 skip = vectors ? before_vectors(x, dim) : dim, end = skip + (dim - skip) / K * K;
+  for (u32 i = threadIdx.x; i < skip; i += blockDim.x) f(i, Lanes<1>());
+  for (u32 i = skip + threadIdx.x * K; i < end; i += blockDim.x * K) f(i, Lanes<K>());
+  for (u32 i = end + threadIdx.x; i < dim; i += blockDim.x) f(i, Lanes<1>());
+}
+
 // ---- Reductions: every thread gets the result, the same in every run.
 
 INLINE float warp_sum(float x) {
@@ -182,17 +199,18 @@ INLINE float block_max(float x) {
 struct RowStats { float max, sum; };
 template <int K, class E> INLINE RowStats row_stats(const E* x, u32 dim) {
   float top = -INFINITE, sum = 0.0f;
-  along<K>(dim, [&](u32 i) {
-    const auto p = load<K>(x + i);
+  across<K>(x, dim, true, [&](u32 i, auto lanes) {
+    constexpr int N = lanes.n;
+    const auto p = load<N>(x + i);
     float here = p.v[0];
 #pragma unroll
-    for (int k = 1; k < K; ++k) here = fmaxf(here, p.v[k]);
+    for (int k = 1; k < N; ++k) here = fmaxf(here, p.v[k]);
     if (here > top) {
       sum *= expf(top - here);  // Zero the first time.
       top = here;
     }
 #pragma unroll
-    for (int k = 0; k < K; ++k) sum += p.v[k] == -INFINITE ? 0.0f : expf(p.v[k] - top);
+    for (int k = 0; k < N; ++k) sum += p.v[k] == -INFINITE ? 0.0f : expf(p.v[k] - top);
   });
   const float max = block_max(top);
   return {max, block_sum(sum == 0.0f ? 0.0f : sum * expf(top - max))};

@@ -6,8 +6,16 @@ use colossal_kernels::{self as cpu, ELSEWHERE, Float};
 use crate::check::{Device, close, noise};
 
 /// Rows, columns, and how far slices begin behind their allocation.
-const SHAPES: [(usize, usize, usize); 7] =
-    [(0, 8, 0), (1, 1, 0), (3, 7, 0), (70, 64, 0), (5, 64, 1), (20, 1000, 0), (2, 5003, 0)];
+const SHAPES: [(usize, usize, usize); 8] = [
+    (0, 8, 0),
+    (1, 1, 0),
+    (3, 7, 0),
+    (70, 64, 0),
+    (5, 64, 1),
+    (20, 1000, 0),
+    (9, 515, 0),
+    (2, 5003, 0),
+];
 
 fn zeros<T: Float>(n: usize) -> Vec<T> {
     vec![T::zeroed(); n]
