@@ -7,12 +7,84 @@
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::panic::Location;
+use std::sync::OnceLock;
 
 use crate::call::Call;
-use crate::element::{Element, ReduceOp};
+use crate::element::{DType, Element, ReduceOp};
 use crate::engine::{Io, OnDevice, Parts, Way};
 use crate::error::{Error, Result};
 use crate::group::Group;
+
+/// What ranks that are threads need of a runtime for GPUs, to use each other's device buffers: all
+/// ranks of the process are on devices that can read each other's memory, or on one.
+///
+/// A program that has such a runtime hands it over once, by [`provide_devices`]; then
+/// [`Group::on`] works for ranks as threads too. A call there waits on the host until all ranks
+/// have called, and never on the device for a rank that has not.
+pub trait DeviceRuntime: Send + Sync + std::fmt::Debug {
+    /// Marks the point that a stream has come to.
+    fn record(&self, stream: *mut c_void) -> Result<DeviceEvent, String>;
+
+    /// What is put on a stream from now on begins after that point.
+    ///
+    /// # Safety
+    /// `event` is the id of an event that is kept meanwhile.
+    unsafe fn wait_for(&self, stream: *mut c_void, event: u64) -> Result<(), String>;
+
+    /// Puts a copy on a stream, from any device of the process to any.
+    ///
+    /// # Safety
+    /// Both addresses hold as many bytes, as [`DeviceSlice::from_raw`] says.
+    unsafe fn copy(
+        &self,
+        stream: *mut c_void,
+        from: u64,
+        to: u64,
+        bytes: usize,
+    ) -> Result<(), String>;
+
+    /// Puts a reduction of the sources on a stream, in their order, into every target. A target
+    /// may be a source. Half-precision types are reduced in f32 and rounded once.
+    ///
+    /// # Safety
+    /// As [`DeviceRuntime::copy`], of `len` elements each.
+    unsafe fn reduce(
+        &self,
+        stream: *mut c_void,
+        kind: (DType, ReduceOp),
+        sources: &[u64],
+        targets: &[u64],
+        len: usize,
+    ) -> Result<(), String>;
+
+    /// Waits on the host until all that is on a stream has ended.
+    fn synchronize(&self, stream: *mut c_void) -> Result<(), String>;
+}
+
+/// A point of a stream that others can wait for while it is kept.
+#[derive(Debug)]
+pub struct DeviceEvent {
+    /// What [`DeviceRuntime::wait_for`] knows it by.
+    pub id: u64,
+    /// What holds it.
+    pub keep: Box<dyn KeepEvent>,
+}
+
+/// Anything that can be kept by another thread.
+pub trait KeepEvent: Send + std::fmt::Debug {}
+
+impl<T: Send + std::fmt::Debug> KeepEvent for T {}
+
+static RUNTIME: OnceLock<Box<dyn DeviceRuntime>> = OnceLock::new();
+
+/// Hands over the process' runtime for GPUs. The first is kept.
+pub fn provide_devices(runtime: impl DeviceRuntime + 'static) {
+    let _ = RUNTIME.set(Box::new(runtime));
+}
+
+pub(crate) fn runtime() -> Option<&'static dyn DeviceRuntime> {
+    RUNTIME.get().map(AsRef::as_ref)
+}
 
 /// Elements in the memory of a device, to be read.
 #[derive(Debug, Clone, Copy)]
@@ -88,7 +160,10 @@ impl Group {
             Some(engine) => Ok(OnStream { group: self, engine, stream }),
             None => {
                 let name = self.name();
-                let reason = format!("the ranks of group {name} have no devices: see Group::nccl");
+                let reason = format!(
+                    "the ranks of group {name} have no devices: see Group::nccl, or provide_devices \
+                     for ranks that are threads"
+                );
                 Err(Error::Engine { op: "on".into(), reason })
             }
         }

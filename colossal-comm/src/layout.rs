@@ -80,23 +80,40 @@ impl Layout<'_> {
     /// # Safety
     /// All buffers are as the call says, and nobody else works on these elements.
     pub(crate) unsafe fn run(&self, r: usize, at: usize, len: usize) {
+        let op = self.call.op.unwrap_or(crate::ReduceOp::Sum);
+        // SAFETY: the caller's contract; `run_by` hands out what the call describes.
+        unsafe {
+            self.run_by(
+                (r, at, len),
+                |from, to, bytes| std::ptr::copy_nonoverlapping(from, to, bytes),
+                |sources, targets, len| self.call.dtype.reduce(op, sources, targets, len),
+            );
+        }
+    }
+
+    /// The same by whoever can copy bytes and reduce elements where the buffers are.
+    ///
+    /// # Safety
+    /// All buffers are as the call says. What is handed to `copy` and `reduce` lies inside them;
+    /// inputs are only read, except where they are outputs too, of which these elements are ours.
+    pub(crate) unsafe fn run_by(
+        &self,
+        (r, at, len): (usize, usize, usize),
+        mut copy: impl FnMut(*const u8, *mut u8, usize),
+        mut reduce: impl FnMut(&[*const u8], &[*mut u8], usize),
+    ) {
         let size = self.call.dtype.size();
         let n = self.ranks;
-        // SAFETY: offsets and lengths stay inside buffers that the call describes; inputs are
-        // only read, except where they are outputs too, of which these elements are ours.
+        // SAFETY: offsets and lengths stay inside buffers that the call describes.
         unsafe {
-            let copy = |from: *const u8, from_at: usize, to: *mut u8, to_at: usize, len: usize| {
-                std::ptr::copy_nonoverlapping(
-                    from.add(from_at * size),
-                    to.add(to_at * size),
-                    len * size,
-                );
-            };
-            let reduce = |start: usize, targets: &[*mut u8]| {
+            let mut copy =
+                |from: *const u8, from_at: usize, to: *mut u8, to_at: usize, len: usize| {
+                    copy(from.add(from_at * size), to.add(to_at * size), len * size);
+                };
+            let mut reduce = |start: usize, targets: &[*mut u8]| {
                 let sources: SmallVec<[*const u8; 8]> =
                     self.inputs.iter().map(|s| s.add(start * size)).collect();
-                let op = self.call.op.unwrap_or(crate::ReduceOp::Sum);
-                self.call.dtype.reduce(op, &sources, targets, len);
+                reduce(&sources, targets, len);
             };
             match self.call.verb {
                 Verb::AllReduce => {

@@ -29,7 +29,10 @@ pub use call::Verb;
 pub use compress::Codec;
 pub use cost::Cost;
 pub use counters::Counters;
-pub use device::{DeviceMessage, DeviceSlice, DeviceSliceMut, OnStream};
+pub use device::{
+    DeviceEvent, DeviceMessage, DeviceRuntime, DeviceSlice, DeviceSliceMut, KeepEvent, OnStream,
+    provide_devices,
+};
 pub use element::{DType, Element, ReduceOp};
 pub use error::{Error, Result};
 pub use group::{Config, Group, on_ranks};

@@ -7,6 +7,8 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
+typedef signed char i8;
+typedef long long i64;
 
 #ifndef CUEMU
 // The emulation wants an entry beside each kernel.

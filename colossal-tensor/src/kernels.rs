@@ -280,7 +280,7 @@ pub fn gemm_grouped<T: Float, O: Float>(
 }
 
 /// [`colossal_kernels::copy_block`]
-pub fn copy_block<T: Float>(
+pub fn copy_block<T: bytemuck::Pod + Send + Sync>(
     x: View<'_, T>,
     from: [usize; 2],
     sizes: [usize; 3],

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod autograd;
+pub mod collectives;
 mod cube;
 mod device;
 pub mod dtype;
@@ -13,6 +14,7 @@ pub mod nn;
 mod ops;
 mod overlap;
 mod params;
+
 pub mod placement;
 mod propagate;
 pub mod random;

@@ -19,12 +19,15 @@
 use colossal_comm::{Group, ReduceOp};
 
 use crate::autograd::record;
+use crate::collectives;
 use crate::dtype::{Element, any};
 use crate::error::{Error, Result, comm};
+use crate::kernels;
 use crate::placement::Placement::{self, Invariant, Partial, Replicate, Shard};
 use crate::placement::{Layout, Region};
 use crate::storage::Buffer;
 use crate::tensor::Tensor;
+use crate::view::{View, ViewMut};
 
 impl Tensor {
     /// This tensor as the plan wants it in `region`. On one device it is the tensor itself.
@@ -204,7 +207,7 @@ pub(crate) fn shift(x: &Tensor, axis: usize, to: Placement) -> Result<Tensor> {
     let group = scope.mesh().group(&name).map_err(comm)?;
     let dtype = x.dtype();
     let buffer = any!(dtype, T => moved::<T>(x.clone(), from, to, &shape, group))?;
-    Tensor::place(&scope, buffer, &shape, dtype, layout)
+    Ok(Tensor::wrap(&scope, buffer, &shape, dtype, layout))
 }
 
 fn moved<T: Element>(
@@ -217,86 +220,92 @@ fn moved<T: Element>(
     let n = group.world_size();
     let len: usize = shape.iter().product();
     let old = x.shape().to_vec();
+    let device = x.scope().place_of(T::DTYPE).clone();
+    let room = || Buffer::on(&device, len * size_of::<T>());
     match (from, to) {
         (Partial, Invariant | Replicate) => {
-            let mut buffer = x.into_host_buffer()?;
-            group.all_reduce(buffer.as_mut_slice::<T>(), ReduceOp::Sum).map_err(comm)?;
+            let mut buffer = x.into_buffer()?;
+            collectives::all_reduce(group, buffer.view_mut::<T>(), ReduceOp::Sum)?;
             Ok(buffer)
         }
         // One term each of a sum whose value is the tensor.
         (Invariant | Replicate, Partial) => {
             let scaled = x.detach().scale(1.0 / n as f32)?;
-            scaled.into_host_buffer()
+            scaled.into_buffer()
         }
         (Shard(d), Replicate | Invariant) => {
-            let values = x.read::<T>()?;
-            let mut gathered = Buffer::new::<T>(len);
-            group.all_gather(values.as_slice::<T>(), gathered.as_mut_slice::<T>()).map_err(comm)?;
+            let values = x.lend::<T>()?;
+            let mut gathered = room()?;
+            collectives::all_gather(group, values.view::<T>(), gathered.view_mut())?;
             if outer(&old, d) == 1 {
                 return Ok(gathered);
             }
             // [rank, outer, inner] to [outer, rank, inner]
-            let mut out = Buffer::new::<T>(len);
+            let mut out = room()?;
             let (rows, inner) = (outer(&old, d), old[d..].iter().product());
-            swap_outer(gathered.as_slice::<T>(), out.as_mut_slice(), n, rows, inner);
+            swap(gathered.view::<T>(), out.view_mut(), n, rows, inner)?;
             Ok(out)
         }
         (Shard(d), Partial) => {
-            let values = x.read::<T>()?;
-            let mut out = Buffer::zeros::<T>(len);
+            let values = x.lend::<T>()?;
+            let mut out = Buffer::zeros_on::<T>(&device, len)?;
             let inner: usize = old[d..].iter().product();
-            let (src, dst) = (values.as_slice::<T>(), out.as_mut_slice::<T>());
-            for row in 0..outer(&old, d) {
-                let at = (row * n + group.rank()) * inner;
-                dst[at..at + inner].copy_from_slice(&src[row * inner..(row + 1) * inner]);
-            }
+            let own = out.view_mut().range(group.rank() * inner..len);
+            let sizes = [outer(&old, d), 1, inner];
+            kernels::copy_block(values.view::<T>(), [inner, 0], sizes, own, [n * inner, 0])?;
             Ok(out)
         }
         (Replicate | Invariant, Shard(d)) => {
-            let values = x.read::<T>()?;
-            let mut out = Buffer::new::<T>(len);
+            let values = x.lend::<T>()?;
+            let mut out = room()?;
             let inner: usize = shape[d..].iter().product();
-            let (src, dst) = (values.as_slice::<T>(), out.as_mut_slice::<T>());
-            for row in 0..outer(shape, d) {
-                let at = (row * n + group.rank()) * inner;
-                dst[row * inner..(row + 1) * inner].copy_from_slice(&src[at..at + inner]);
-            }
+            let own = values.view::<T>();
+            let own = own.range(group.rank() * inner..own.len());
+            let sizes = [outer(shape, d), 1, inner];
+            kernels::copy_block(own, [n * inner, 0], sizes, out.view_mut(), [inner, 0])?;
             Ok(out)
         }
         (Partial, Shard(d)) => {
-            let values = x.read::<T>()?;
-            let mut out = Buffer::new::<T>(len);
+            let values = x.lend::<T>()?;
+            let mut out = room()?;
             let (rows, inner) = (outer(shape, d), shape[d..].iter().product());
+            let sum = ReduceOp::Sum;
             if rows == 1 {
-                let out_slice = out.as_mut_slice::<T>();
-                group
-                    .reduce_scatter(values.as_slice::<T>(), out_slice, ReduceOp::Sum)
-                    .map_err(comm)?;
+                collectives::reduce_scatter(group, values.view::<T>(), out.view_mut(), sum)?;
                 return Ok(out);
             }
-            let mut by_rank = Buffer::new::<T>(len * n);
-            swap_outer(values.as_slice::<T>(), by_rank.as_mut_slice(), rows, n, inner);
-            group
-                .reduce_scatter(by_rank.as_slice::<T>(), out.as_mut_slice::<T>(), ReduceOp::Sum)
-                .map_err(comm)?;
+            let mut by_rank = Buffer::on(&device, len * n * size_of::<T>())?;
+            swap(values.view::<T>(), by_rank.view_mut(), rows, n, inner)?;
+            collectives::reduce_scatter(group, by_rank.view::<T>(), out.view_mut(), sum)?;
             Ok(out)
         }
         (Shard(a), Shard(b)) => {
             // Cut dim b into one piece per rank, exchange, then lay the pieces along dim a.
-            let values = x.read::<T>()?;
-            let mut send = Buffer::new::<T>(len);
+            let values = x.lend::<T>()?;
+            let mut send = room()?;
             let (rows, inner) = (outer(&old, b), old[b..].iter().product::<usize>() / n);
-            swap_outer(values.as_slice::<T>(), send.as_mut_slice(), rows, n, inner);
-            let mut got = Buffer::new::<T>(len);
-            group.all_to_all(send.as_slice::<T>(), got.as_mut_slice::<T>()).map_err(comm)?;
+            swap(values.view::<T>(), send.view_mut(), rows, n, inner)?;
+            let mut got = room()?;
+            collectives::all_to_all(group, send.view::<T>(), got.view_mut())?;
             let mut piece = old.clone();
             piece[b] /= n;
             let (rows, inner) = (outer(&piece, a), piece[a..].iter().product());
-            swap_outer(got.as_slice::<T>(), send.as_mut_slice(), n, rows, inner);
+            swap(got.view::<T>(), send.view_mut(), n, rows, inner)?;
             Ok(send)
         }
         _ => unreachable!("moves without data are handled before"),
     }
+}
+
+/// `[a, b, inner]` to `[b, a, inner]`, wherever they are.
+fn swap<T: Element>(
+    src: View<'_, T>,
+    dst: ViewMut<'_, T>,
+    a: usize,
+    b: usize,
+    inner: usize,
+) -> Result<()> {
+    kernels::copy_block(src, [b * inner, inner], [a, b, inner], dst, [inner, a * inner])
 }
 
 /// The number of rows before dim `d`.

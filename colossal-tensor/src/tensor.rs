@@ -624,11 +624,6 @@ impl Tensor {
             }),
         }
     }
-
-    /// As [`Tensor::into_buffer`], on the host.
-    pub(crate) fn into_host_buffer(self) -> Result<Buffer> {
-        self.into_buffer()?.to(&Device::Cpu)
-    }
 }
 
 impl std::fmt::Debug for Tensor {

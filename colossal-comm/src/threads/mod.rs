@@ -11,6 +11,7 @@
 //! wait for the last chunk has no time-out, and no buffer is read after its call has returned.
 
 mod count;
+mod devices;
 mod mailbox;
 mod work;
 
@@ -26,7 +27,8 @@ use parking_lot::Mutex;
 use serde_json::Value;
 
 use crate::call::{Call, Verb};
-use crate::engine::{Engine, Engines, Io, Parts, Ticket, Way};
+use crate::device::{self, DeviceEvent};
+use crate::engine::{Engine, Engines, Io, OnDevice, Parts, Ticket, Way};
 use crate::error::{Error, Result};
 use crate::group::Config;
 use crate::layout::{self, Layout};
@@ -59,6 +61,8 @@ struct Shared {
     failure: Mutex<Option<Error>>,
     /// At `from * ranks + to`.
     mail: Box<[Mailbox]>,
+    /// Messages between devices.
+    device_mail: devices::Mail,
     /// Groups that are being split off, by call and colour.
     children: Mutex<HashMap<(u64, usize), Pair>>,
 }
@@ -78,6 +82,8 @@ struct Turn {
     sequence: u64,
     done: u64,
     claimed: Box<[u64]>,
+    /// The last event that peers may still be about to wait for.
+    event: Option<DeviceEvent>,
 }
 
 /// Chunks of a region that have been claimed, since the group was made.
@@ -139,8 +145,9 @@ impl Shared {
             (false, false) => Patience { spins: 0, yields: 8 },
         };
         // Room for two rows of lengths, which ragged all-to-alls post.
-        let slot = || Slot::new(INLINE.max(16 * ranks));
-        let turn = || Turn { sequence: 0, done: 0, claimed: vec![0; ranks].into() };
+        // And for an event.
+        let slot = || Slot::new(INLINE.max(16 * ranks + 8));
+        let turn = || Turn { sequence: 0, done: 0, claimed: vec![0; ranks].into(), event: None };
         Arc::new(Shared {
             ranks,
             config,
@@ -154,6 +161,7 @@ impl Shared {
             gone: (0..ranks).map(|_| AtomicU8::new(HERE)).collect(),
             failure: Mutex::new(None),
             mail: (0..ranks * ranks).map(|_| Mailbox::default()).collect(),
+            device_mail: devices::Mail::default(),
             children: Mutex::new(HashMap::new()),
         })
     }
@@ -442,5 +450,9 @@ impl Engine for Threads {
         self.shared.gone[self.rank].store(how, Release);
         self.shared.entry.wake_sleepers();
         self.shared.mail.iter().for_each(Mailbox::wake);
+    }
+
+    fn on_device(&self) -> Option<&dyn OnDevice> {
+        device::runtime().map(|_| self as &dyn OnDevice)
     }
 }

@@ -151,6 +151,25 @@ impl Device {
         &self.0.context
     }
 
+    /// Lets kernels and copies on this device reach the other's memory.
+    ///
+    /// # Errors
+    /// What the driver says: devices without a link between them.
+    pub fn reach(&self, other: &Device) -> Result<()> {
+        use cudarc::driver::sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED as ALREADY;
+        if self == other {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: both contexts are kept by their devices.
+        let code =
+            unsafe { cudarc::driver::sys::cuCtxEnablePeerAccess(other.context().cu_ctx(), 0) };
+        match code {
+            ALREADY => Ok(()),
+            code => code.result().doing(self.ordinal(), "reaching another device's memory"),
+        }
+    }
+
     /// Makes the device current on this thread.
     pub(super) fn bind(&self) -> Result<()> {
         self.0.context.bind_to_thread().doing(self.ordinal(), "binding a thread")

@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
+use colossal_comm::ReduceOp;
 use colossal_tensor::storage::{Buffer, Typed};
-use colossal_tensor::{Device, Group, View, ViewMut, kernels};
+use colossal_tensor::{Device, Group, View, ViewMut, collectives, kernels};
 use colossal_zero::{Error, HostFlight, Result, Space};
 
 /// Gradients on this device.
@@ -14,14 +15,8 @@ pub(super) struct Gradients(pub(super) Device);
 #[derive(Debug)]
 pub(super) enum Flight {
     Host(HostFlight<Typed<f32>>),
-    /// Of a GPU's gradients, through the host.
-    Staged {
-        flight: HostFlight<Typed<f32>>,
-        buffer: Buffer,
-        piece: Option<Buffer>,
-    },
-    /// One rank has nothing to wait for.
-    Done(Buffer, Option<Buffer>),
+    /// Of a GPU's gradients: in the order of its stream.
+    Put(Buffer, Option<Buffer>),
 }
 
 impl Space for Gradients {
@@ -51,24 +46,22 @@ impl Space for Gradients {
     }
 
     fn reduce_start(&self, group: &Group, buffer: Buffer, piece: Option<Buffer>) -> Result<Flight> {
-        let start = |buffer, piece: Option<Buffer>| {
-            HostFlight::start(group, Typed::new(buffer), piece.map(Typed::new))
-        };
         if self.0 == Device::Cpu {
-            return Ok(Flight::Host(start(buffer, piece)));
+            let piece = piece.map(Typed::new);
+            return Ok(Flight::Host(HostFlight::start(group, Typed::new(buffer), piece)));
         }
-        if group.world_size() == 1 {
-            return match piece {
-                None => Ok(Flight::Done(buffer, None)),
-                Some(mut piece) => {
-                    piece.view_mut::<f32>().copy(buffer.view()).map_err(failed)?;
-                    Ok(Flight::Done(buffer, Some(piece)))
-                }
-            };
+        let (mut buffer, mut piece) = (buffer, piece);
+        match &mut piece {
+            None if group.world_size() == 1 => Ok(()),
+            None => collectives::all_reduce::<f32>(group, buffer.view_mut(), ReduceOp::Sum),
+            Some(piece) if group.world_size() == 1 => piece.view_mut::<f32>().copy(buffer.view()),
+            Some(piece) => {
+                let (from, to) = (buffer.view::<f32>(), piece.view_mut());
+                collectives::reduce_scatter(group, from, to, ReduceOp::Sum)
+            }
         }
-        let copy = Buffer::copy_of(&Device::Cpu, buffer.view::<f32>()).map_err(failed)?;
-        let room = piece.as_ref().map(|piece| Buffer::with_bytes(piece.bytes()));
-        Ok(Flight::Staged { flight: start(copy, room), buffer, piece })
+        .map_err(failed)?;
+        Ok(Flight::Put(buffer, piece))
     }
 
     fn reduce_wait(&self, flight: Flight) -> Result<(Buffer, Option<Buffer>)> {
@@ -77,16 +70,7 @@ impl Space for Gradients {
                 let (buffer, piece) = flight.wait()?;
                 Ok((buffer.0, piece.map(|piece| piece.0)))
             }
-            Flight::Staged { flight, mut buffer, mut piece } => {
-                let (sum, part) = flight.wait()?;
-                match (&mut piece, part) {
-                    (Some(piece), Some(part)) => piece.view_mut::<f32>().copy(part.0.view()),
-                    _ => buffer.view_mut::<f32>().copy(sum.0.view()),
-                }
-                .map_err(failed)?;
-                Ok((buffer, piece))
-            }
-            Flight::Done(buffer, piece) => Ok((buffer, piece)),
+            Flight::Put(buffer, piece) => Ok((buffer, piece)),
         }
     }
 }

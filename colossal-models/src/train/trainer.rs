@@ -13,7 +13,7 @@ use colossal_tensor::random::Stream;
 use colossal_tensor::storage::{Buffer, memory_stats_of};
 use colossal_tensor::{
     Accumulator, Device, Dtype, Error, Flat, GradSink, Group, Param, ParamId, Placement, Result,
-    Tensor, View, ViewMut,
+    Tensor, View, collectives,
 };
 use colossal_zero::{Stage, Zero};
 use half::bf16;
@@ -577,15 +577,7 @@ fn send(slot: &Slot, zero: &mut Zero<Gradients>) -> Result<()> {
     for axis in &slot.pending {
         let group = slot.param.scope().mesh().group(axis).map_err(comm)?;
         let (grad, _) = zero.gradient(slot.range.start, slot.range.len()).map_err(zero_error)?;
-        let sum = colossal_comm::ReduceOp::Sum;
-        match grad {
-            ViewMut::Cpu(grad) => group.all_reduce(grad, sum).map_err(comm)?,
-            elsewhere => {
-                let mut copy = Buffer::copy_of(&Device::Cpu, elsewhere.as_view())?;
-                group.all_reduce(copy.as_mut_slice::<f32>(), sum).map_err(comm)?;
-                elsewhere.copy(copy.view())?;
-            }
-        }
+        collectives::all_reduce(group, grad, colossal_comm::ReduceOp::Sum)?;
     }
     zero.complete(slot.range.start).map_err(zero_error)
 }
