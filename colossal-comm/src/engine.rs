@@ -195,4 +195,41 @@ impl Engine for Solo {
     }
 
     fn leave(&self) {}
+
+    fn on_device(&self) -> Option<&dyn OnDevice> {
+        crate::device::runtime().map(|_| self as &dyn OnDevice)
+    }
+}
+
+impl OnDevice for Solo {
+    unsafe fn enqueue(&self, call: &Call, io: Io<'_>, stream: *mut c_void) -> Result<()> {
+        let Some(runtime) = crate::device::runtime() else { return Ok(()) };
+        if std::ptr::eq(io.input, io.output) {
+            return Ok(());
+        }
+        let (from, to) = (io.input as u64, io.output as u64);
+        // SAFETY: with one rank every verb's input and output are `call.len` elements.
+        let put = unsafe { runtime.copy(stream, from, to, call.bytes()) };
+        put.map_err(|reason| Error::Engine { op: call.to_string(), reason })
+    }
+
+    unsafe fn exchange(
+        &self,
+        messages: &[(Way, Call, usize, *mut u8)],
+        _: *mut c_void,
+    ) -> Result<()> {
+        match messages.first() {
+            None => Ok(()),
+            Some((_, call, peer, _)) => {
+                let reason = format!("there is no rank {peer} in a group of one");
+                Err(Error::Argument { op: call.verb.name(), reason })
+            }
+        }
+    }
+
+    fn wait(&self, stream: *mut c_void, _: &'static Location<'static>) -> Result<()> {
+        let Some(runtime) = crate::device::runtime() else { return Ok(()) };
+        let ended = runtime.synchronize(stream);
+        ended.map_err(|reason| Error::Engine { op: "wait".into(), reason })
+    }
 }
