@@ -14,6 +14,16 @@ const SOURCES: &str = "colossal-kernels/cuda/stand_in";
 /// the others.
 const ORDERS: [&str; 3] = ["0", "1", "77"];
 
+/// Tests of models that take seconds on the stand-in: references, resumption, plans, memory.
+const MODELS: [&str; 6] = [
+    "goldens",
+    "a_resumed_run",
+    "a_later_step",
+    "bf16_follows",
+    "every_sequence_mode",
+    "grids_of_nine",
+];
+
 /// Builds the libraries and runs the CUDA suites on them.
 pub(crate) fn stand_in() -> Result<()> {
     let folder = build()?;
@@ -29,6 +39,9 @@ pub(crate) fn stand_in() -> Result<()> {
     ];
     // Products by the stand-in for cuBLASLt.
     run(&cargo(), &suite, &env)?;
+    run(&cargo(), &["test", "-p", "colossal-tensor", "--test", "cuda"], &env)?;
+    let models = ["test", "-p", "colossal-models", "--test", "it", "--"];
+    run(&cargo(), &[&models[..], &MODELS].concat(), &env)?;
     run(&cargo(), &["test", "-p", "colossal-apps", "--test", "cuda"], &env)?;
     // And by our own kernels.
     env.push(("COLOSSAL_NO_CUBLASLT", "1"));
