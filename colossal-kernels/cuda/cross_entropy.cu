@@ -3,17 +3,19 @@
 
 #define K WIDTH<T>
 
-// A block a row.
+// A block a row, a warp a short one.
 extern "C" __global__ void __launch_bounds__(512)
-    cross_entropy(const T* __restrict__ logits, const int* __restrict__ targets, u32 vocab, int ignore,
+    cross_entropy(const T* __restrict__ logits, const int* __restrict__ targets, u32 rows, u32 vocab, int ignore,
                   float* __restrict__ loss, float* __restrict__ lse) {
-  logits += (u64)blockIdx.x * vocab;
+  const u32 row = own_row();
+  if (row >= rows) return;
+  logits += (u64)row * vocab;
   const RowStats s = row_stats<K>(logits, vocab);
   if (threadIdx.x == 0) {
-    const int t = targets[blockIdx.x];
+    const int t = targets[row];
     const float z = s.max + logf(s.sum);
-    lse[blockIdx.x] = z;
-    loss[blockIdx.x] = t != ignore && (u32)t < vocab ? z - widen(logits[t]) : 0.0f;
+    lse[row] = z;
+    loss[row] = t != ignore && (u32)t < vocab ? z - widen(logits[t]) : 0.0f;
   }
 }
 KERNEL(cross_entropy)
@@ -49,12 +51,14 @@ extern "C" __global__ void __launch_bounds__(256)
 KERNEL(cross_entropy_backward)
 
 extern "C" __global__ void __launch_bounds__(512)
-    logits_stats(const T* __restrict__ logits, u32 vocab, float* __restrict__ max, float* __restrict__ sum) {
-  logits += (u64)blockIdx.x * vocab;
+    logits_stats(const T* __restrict__ logits, u32 rows, u32 vocab, float* __restrict__ max, float* __restrict__ sum) {
+  const u32 row = own_row();
+  if (row >= rows) return;
+  logits += (u64)row * vocab;
   const RowStats s = row_stats<K>(logits, vocab);
   if (threadIdx.x == 0) {
-    max[blockIdx.x] = s.max;
-    sum[blockIdx.x] = s.sum;
+    max[row] = s.max;
+    sum[row] = s.sum;
   }
 }
 KERNEL(logits_stats)

@@ -1,6 +1,6 @@
 // RMS norm and layer norm of rows. Bound: memory; a row's second reading comes from the cache.
 //
-// Forward: a block a row. Backward: each block takes rows by turns and keeps its share of the
+// Forward: a block a row, a warp a short one. Backward: each block takes rows by turns and keeps its share of the
 // weights' gradients in shared memory; a second kernel adds the shares in order, so a result does
 // not change from run to run.
 
@@ -8,9 +8,11 @@
 
 extern "C" __global__ void __launch_bounds__(512)
     rms_norm(const T* __restrict__ x, const T* __restrict__ weight, float eps, T* __restrict__ y,
-             float* __restrict__ rstd, u32 dim) {
-  x += (u64)blockIdx.x * dim;
-  y += (u64)blockIdx.x * dim;
+             float* __restrict__ rstd, u32 rows, u32 dim) {
+  const u32 row = own_row();
+  if (row >= rows) return;
+  x += (u64)row * dim;
+  y += (u64)row * dim;
   row_wise<K>(dim, aligned(x, weight, y), [&](auto lanes) {
     constexpr int N = lanes.n;
     float squares = 0.0f;
@@ -19,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(512)
       for (int k = 0; k < N; ++k) squares += p.v[k] * p.v[k];
     });
     const float r = rsqrtf(block_sum(squares) / dim + eps);
-    if (threadIdx.x == 0) rstd[blockIdx.x] = r;
+    if (threadIdx.x == 0) rstd[row] = r;
     along<N>(dim, [&](u32 i) {
       auto p = load<N>(x + i);
       const auto w = load<N>(weight + i);
@@ -67,9 +69,11 @@ KERNEL(rms_norm_backward)
 
 extern "C" __global__ void __launch_bounds__(512)
     layer_norm(const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias, float eps,
-               T* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd, u32 dim) {
-  x += (u64)blockIdx.x * dim;
-  y += (u64)blockIdx.x * dim;
+               T* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd, u32 rows, u32 dim) {
+  const u32 row = own_row();
+  if (row >= rows) return;
+  x += (u64)row * dim;
+  y += (u64)row * dim;
   row_wise<K>(dim, aligned(x, weight, bias, y), [&](auto lanes) {
     constexpr int N = lanes.n;
     float sum = 0.0f, squares = 0.0f;
@@ -84,8 +88,8 @@ extern "C" __global__ void __launch_bounds__(512)
     });
     const float r = rsqrtf(block_sum(squares) / dim + eps);
     if (threadIdx.x == 0) {
-      mean[blockIdx.x] = m;
-      rstd[blockIdx.x] = r;
+      mean[row] = m;
+      rstd[row] = r;
     }
     along<N>(dim, [&](u32 i) {
       auto p = load<N>(x + i);

@@ -113,6 +113,10 @@ template <int K, class F> INLINE void row_wise(u32 dim, bool vectors, F f) {
   else f(Lanes<1>());
 }
 
+/// The row that this thread's part of a block works on: a block a row, or a warp each of several short
+/// rows (blocks of 32 x 8), which then know no barrier.
+INLINE u32 own_row() { return blockIdx.x * blockDim.y + threadIdx.y; }
+
 /// `f(i)` for this thread's vectors of a row.
 template <int K, class F> INLINE void along(u32 dim, F f) {
   for (u32 i = threadIdx.x * K; i < dim; i += blockDim.x * K) f(i);

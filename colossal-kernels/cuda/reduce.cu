@@ -99,9 +99,12 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 KERNEL(add_partials)
 
-// A block a row.
-extern "C" __global__ void __launch_bounds__(512) sum_last(const T* __restrict__ x, u32 dim, float* __restrict__ out) {
-  x += (u64)blockIdx.x * dim;
+// A block a row, a warp a short one.
+extern "C" __global__ void __launch_bounds__(512)
+    sum_last(const T* __restrict__ x, u32 rows, u32 dim, float* __restrict__ out) {
+  const u32 row = own_row();
+  if (row >= rows) return;
+  x += (u64)row * dim;
   float s = 0.0f;
   row_wise<K>(dim, aligned(x), [&](auto lanes) {
     constexpr int N = lanes.n;
@@ -111,6 +114,6 @@ extern "C" __global__ void __launch_bounds__(512) sum_last(const T* __restrict__
     });
   });
   s = block_sum(s);
-  if (threadIdx.x == 0) out[blockIdx.x] = s;
+  if (threadIdx.x == 0) out[row] = s;
 }
 KERNEL(sum_last)

@@ -2,9 +2,10 @@
 
 #define K WIDTH<T>
 
-extern "C" __global__ void __launch_bounds__(512) softmax(const T* __restrict__ x, u32 dim, T* __restrict__ y) {
-  x += (u64)blockIdx.x * dim;
-  y += (u64)blockIdx.x * dim;
+extern "C" __global__ void __launch_bounds__(512) softmax(const T* __restrict__ x, u32 rows, u32 dim, T* __restrict__ y) {
+  if (own_row() >= rows) return;
+  x += (u64)own_row() * dim;
+  y += (u64)own_row() * dim;
   const RowStats s = row_stats<K>(x, dim);
   const float scale = 1.0f / s.sum;
   across<K>(x, dim, alike(x, y), [&](u32 i, auto lanes) {
@@ -18,8 +19,9 @@ KERNEL(softmax)
 
 // dx = y (dy - sum(dy y))
 extern "C" __global__ void __launch_bounds__(512)
-    softmax_backward(const T* __restrict__ dy, const T* __restrict__ y, u32 dim, T* __restrict__ dx) {
-  const u64 at = (u64)blockIdx.x * dim;
+    softmax_backward(const T* __restrict__ dy, const T* __restrict__ y, u32 rows, u32 dim, T* __restrict__ dx) {
+  if (own_row() >= rows) return;
+  const u64 at = (u64)own_row() * dim;
   dy += at, y += at, dx += at;
   float dot = 0.0f;
   across<K>(dy, dim, alike(dy, y), [&](u32 i, auto lanes) {
@@ -38,9 +40,10 @@ extern "C" __global__ void __launch_bounds__(512)
 }
 KERNEL(softmax_backward)
 
-extern "C" __global__ void __launch_bounds__(512) log_softmax(const T* __restrict__ x, u32 dim, T* __restrict__ y) {
-  x += (u64)blockIdx.x * dim;
-  y += (u64)blockIdx.x * dim;
+extern "C" __global__ void __launch_bounds__(512) log_softmax(const T* __restrict__ x, u32 rows, u32 dim, T* __restrict__ y) {
+  if (own_row() >= rows) return;
+  x += (u64)own_row() * dim;
+  y += (u64)own_row() * dim;
   const RowStats s = row_stats<K>(x, dim);
   const float lse = s.max + logf(s.sum);
   across<K>(x, dim, alike(x, y), [&](u32 i, auto lanes) {
@@ -54,8 +57,9 @@ KERNEL(log_softmax)
 
 // dx = dy - exp(y) sum(dy)
 extern "C" __global__ void __launch_bounds__(512)
-    log_softmax_backward(const T* __restrict__ dy, const T* __restrict__ y, u32 dim, T* __restrict__ dx) {
-  const u64 at = (u64)blockIdx.x * dim;
+    log_softmax_backward(const T* __restrict__ dy, const T* __restrict__ y, u32 rows, u32 dim, T* __restrict__ dx) {
+  if (own_row() >= rows) return;
+  const u64 at = (u64)own_row() * dim;
   dy += at, y += at, dx += at;
   float sum = 0.0f;
   across<K>(dy, dim, true, [&](u32 i, auto lanes) {

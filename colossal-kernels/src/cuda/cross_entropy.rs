@@ -1,6 +1,6 @@
 //! Softmax cross-entropy without a copy of the logits.
 
-use super::launch::per_row;
+use super::launch::rows;
 use super::{Grid, Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::float::Float;
 
@@ -17,12 +17,12 @@ pub fn cross_entropy<T: Float>(
     loss: SliceMut<'_, f32>,
     lse: SliceMut<'_, f32>,
 ) -> Result<()> {
-    let rows = targets.len();
-    assert_eq!(logits.len(), rows * vocab, "cross_entropy: logits must be [rows, vocab]");
-    assert!(loss.len() == rows && lse.len() == rows, "cross_entropy: one loss and lse per row");
+    let count = targets.len();
+    assert_eq!(logits.len(), count * vocab, "cross_entropy: logits must be [rows, vocab]");
+    assert!(loss.len() == count && lse.len() == count, "cross_entropy: one loss and lse per row");
     let f = stream.function(&CROSS_ENTROPY, &[("TYPE", T::CUDA)], "cross_entropy")?;
-    let grid = per_row::<T>(rows, vocab, 512);
-    f.launch(grid, args![logits, targets, vocab as u32, ignore, loss, lse])
+    let grid = rows::<T>(count, vocab);
+    f.launch(grid, args![logits, targets, count as u32, vocab as u32, ignore, loss, lse])
 }
 
 /// In place: `logits[r] = dloss[r] * (softmax(logits[r]) - onehot(targets[r]))`, zeros for
@@ -64,6 +64,6 @@ pub fn logits_stats<T: Float>(
     assert_eq!(logits.len(), max.len() * vocab, "logits_stats: logits must be [rows, vocab]");
     assert_eq!(max.len(), sum.len(), "logits_stats: one maximum and sum per row");
     let f = stream.function(&CROSS_ENTROPY, &[("TYPE", T::CUDA)], "logits_stats")?;
-    let grid = per_row::<T>(max.len(), vocab, 512);
-    f.launch(grid, args![logits, vocab as u32, max, sum])
+    let count = max.len();
+    f.launch(rows::<T>(count, vocab), args![logits, count as u32, vocab as u32, max, sum])
 }

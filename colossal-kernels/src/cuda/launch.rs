@@ -16,6 +16,15 @@ pub(super) fn per_row<T>(rows: usize, dim: usize, most: usize) -> Grid {
     Grid::line(rows, warps(dim.div_ceil(16 / size_of::<T>()), most))
 }
 
+/// A block a row as [`per_row`], or a warp each for 8 short rows: kernels that ask `own_row`.
+pub(super) fn rows<T>(rows: usize, dim: usize) -> Grid {
+    if dim <= 128 * 16 / size_of::<T>() {
+        Grid { threads: [32, 8, 1], ..Grid::line(rows.div_ceil(8), 32) }
+    } else {
+        per_row::<T>(rows, dim, 512)
+    }
+}
+
 /// At least `threads` in whole warps, but between one warp and `most`.
 pub(super) fn warps(threads: usize, most: usize) -> u32 {
     threads.clamp(1, most).next_multiple_of(32) as u32

@@ -1,6 +1,6 @@
 //! RMS norm and layer norm with their gradients, over rows of `x [rows, dim]`.
 
-use super::launch::{per_row, resident};
+use super::launch::{per_row, resident, rows};
 use super::reduce::add_partials;
 use super::{Grid, Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::elementwise::check;
@@ -21,8 +21,9 @@ pub fn rms_norm<T: Float>(
     check("rms_norm", x.len(), y.len());
     check("rms_norm", x.len(), rstd.len() * dim);
     let f = stream.function(&NORM, &[("TYPE", T::CUDA)], "rms_norm")?;
-    let grid = per_row::<T>(rstd.len(), dim, 512);
-    f.launch(grid, args![x, weight, eps, y, rstd, dim as u32])
+    let count = rstd.len();
+    let grid = rows::<T>(count, dim);
+    f.launch(grid, args![x, weight, eps, y, rstd, count as u32, dim as u32])
 }
 
 /// Gradients of [`rms_norm`]; `dweight` is added to.
@@ -74,8 +75,9 @@ pub fn layer_norm<T: Float>(
     check("layer_norm", x.len(), rstd.len() * dim);
     check("layer_norm", mean.len(), rstd.len());
     let f = stream.function(&NORM, &[("TYPE", T::CUDA)], "layer_norm")?;
-    let grid = per_row::<T>(rstd.len(), dim, 512);
-    f.launch(grid, args![x, weight, bias, eps, y, mean, rstd, dim as u32])
+    let count = rstd.len();
+    let grid = rows::<T>(count, dim);
+    f.launch(grid, args![x, weight, bias, eps, y, mean, rstd, count as u32, dim as u32])
 }
 
 /// Gradients of [`layer_norm`]; `dweight` and `dbias` are added to.
@@ -116,9 +118,9 @@ pub fn layer_norm_backward<T: Float>(
 }
 
 /// Blocks that take rows by turns, each with its share of `sums` gradients in shared memory.
-fn shares<T>(stream: &Stream, kernel: &str, rows: usize, dim: usize, sums: usize) -> Grid {
+fn shares<T>(stream: &Stream, kernel: &str, count: usize, dim: usize, sums: usize) -> Grid {
     let shared = sums * dim * size_of::<f32>();
     assert!(shared <= 224 << 10, "{kernel}: rows of {dim} are too long");
-    let grid = per_row::<T>(rows.min(resident(stream)), dim, 512);
+    let grid = per_row::<T>(count.min(resident(stream)), dim, 512);
     Grid { shared: shared as u32, ..grid }
 }

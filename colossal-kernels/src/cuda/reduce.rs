@@ -1,6 +1,6 @@
 //! Sums and maxima. What the CPU returns goes to a slice of one element.
 
-use super::launch::{per_row, resident};
+use super::launch::resident;
 use super::{Grid, Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::float::Float;
 
@@ -88,5 +88,6 @@ pub fn sum_last<T: Float>(
 ) -> Result<()> {
     assert_eq!(x.len(), out.len() * dim, "sum_last: one sum per row of {dim}");
     let f = stream.function(&REDUCE, &[("TYPE", T::CUDA)], "sum_last")?;
-    f.launch(per_row::<T>(out.len(), dim, 512), args![x, dim as u32, out])
+    let count = out.len();
+    f.launch(super::launch::rows::<T>(count, dim), args![x, count as u32, dim as u32, out])
 }

@@ -1,6 +1,6 @@
 //! Softmax over the last dim.
 
-use super::launch::per_row;
+use super::launch::rows;
 use super::{Result, Slice, SliceMut, Source, Stream, args, source};
 use crate::elementwise::check;
 use crate::float::Float;
@@ -20,7 +20,8 @@ fn forward<T: Float>(
     }
     assert_eq!(x.len() % dim, 0, "{name}: {} elements are no rows of {dim}", x.len());
     let f = stream.function(&SOFTMAX, &[("TYPE", T::CUDA)], name)?;
-    f.launch(per_row::<T>(x.len() / dim, dim, 512), args![x, dim as u32, y])
+    let count = x.len() / dim;
+    f.launch(rows::<T>(count, dim), args![x, count as u32, dim as u32, y])
 }
 
 fn backward<T: Float>(
@@ -38,7 +39,8 @@ fn backward<T: Float>(
     }
     assert_eq!(dy.len() % dim, 0, "{name}: {} elements are no rows of {dim}", dy.len());
     let f = stream.function(&SOFTMAX, &[("TYPE", T::CUDA)], name)?;
-    f.launch(per_row::<T>(dy.len() / dim, dim, 512), args![dy, y, dim as u32, dx])
+    let count = dy.len() / dim;
+    f.launch(rows::<T>(count, dim), args![dy, y, count as u32, dim as u32, dx])
 }
 
 /// `y = softmax(x)` over rows of `dim`.
