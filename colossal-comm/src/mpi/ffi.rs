@@ -109,22 +109,28 @@ static KEEP: LazyLock<u64> = LazyLock::new(|| {
     if here.is_some_and(|n| n <= cores) { 5000 } else { 100 }
 });
 
-/// Polls `done` until it is true (then true) or `timeout` has passed (then false): looks, then
-/// offers the core, then naps.
+/// A look that takes longer than this has moved a part of a payload: MPI works while it is looked at.
+const MOVED: Duration = Duration::from_micros(2);
+
+/// Polls `done` until it is true (then true) or `timeout` has passed (then false): looks, and after
+/// many looks at which nothing moved offers the core, then naps.
 pub(super) fn poll(
     calls: &mut Calls,
     timeout: Duration,
     mut done: impl FnMut(&Calls) -> Result<bool>,
 ) -> Result<bool> {
-    let (keep, mut deadline) = (*KEEP, None);
+    let (keep, mut deadline, mut idle) = (*KEEP, None, 0u64);
     for look in 1u64.. {
+        // Short waits are not timed.
+        let began = (look > 256).then(Instant::now);
         if done(calls)? {
             return Ok(true);
         }
-        match look {
-            _ if look < keep && look % 16 == 0 => MutexGuard::bump(&mut calls.0),
-            _ if look < keep => std::hint::spin_loop(),
-            _ if look < keep + 4000 => MutexGuard::unlocked(&mut calls.0, std::thread::yield_now),
+        idle = if began.is_some_and(|t| t.elapsed() > MOVED) { 0 } else { idle + 1 };
+        match idle {
+            _ if idle < keep && look % 16 == 0 => MutexGuard::bump(&mut calls.0),
+            _ if idle < keep => std::hint::spin_loop(),
+            _ if idle < keep + 4000 => MutexGuard::unlocked(&mut calls.0, std::thread::yield_now),
             _ => MutexGuard::unlocked(&mut calls.0, || {
                 std::thread::sleep(Duration::from_micros(50));
             }),
