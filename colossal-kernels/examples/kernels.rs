@@ -1,4 +1,4 @@
-//! Builds all CUDA kernels beforehand: `cargo run --example kernels -- FOLDER ARCH...`.
+//! Builds all CUDA kernels beforehand: `cargo run --example kernels -- FOLDER ARCH... [--but TYPE]`.
 //!
 //! Needs NVRTC and no GPU. Programs find the files through `COLOSSAL_KERNELS=FOLDER`. Prints what
 //! the assembler says of each kernel, and fails where one spills registers.
@@ -13,14 +13,17 @@ use colossal_kernels::cuda::{Build, catalog};
 const MAY_SPILL: [(&str, u32); 3] = [("gemm_mm", 8), ("attention_backward_kv", 16), ("decode", 8)];
 
 fn main() -> ExitCode {
-    let args: Vec<String> = std::env::args().skip(1).collect();
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    // A type whose kernels are left out.
+    let but = args.iter().position(|a| a == "--but").map(|at| args.drain(at..).nth(1));
+    let but = but.flatten().unwrap_or_default();
     let Some((folder, archs)) = args.split_first().filter(|(_, archs)| !archs.is_empty()) else {
         eprintln!(
             "usage: kernels FOLDER ARCH...   for example: kernels target/kernels sm_80 sm_90a"
         );
         return ExitCode::FAILURE;
     };
-    match build(Path::new(folder), archs) {
+    match build(Path::new(folder), archs, &but) {
         Ok(0) => ExitCode::SUCCESS,
         Ok(spills) => {
             eprintln!("{spills} kernels spill registers");
@@ -34,10 +37,12 @@ fn main() -> ExitCode {
 }
 
 /// Builds and reports; how many kernels spill that may not.
-fn build(folder: &Path, archs: &[String]) -> Result<usize, Box<dyn std::error::Error>> {
+fn build(folder: &Path, archs: &[String], but: &str) -> Result<usize, Box<dyn std::error::Error>> {
     std::fs::create_dir_all(folder)?;
+    let wanted: Vec<Build> =
+        catalog().into_iter().filter(|b| b.defines.iter().all(|(_, v)| *v != but)).collect();
     let builds: Vec<(&String, Build)> =
-        archs.iter().flat_map(|arch| catalog().into_iter().map(move |b| (arch, b))).collect();
+        archs.iter().flat_map(|arch| wanted.iter().map(move |b| (arch, b.clone()))).collect();
     let next = AtomicUsize::new(0);
     let work = || -> Result<Vec<(usize, Vec<Kernel>, usize)>, String> {
         let mut done = vec![];

@@ -17,12 +17,20 @@ pub(crate) struct Args {
     /// there.
     #[arg(long)]
     fetch: bool,
+    /// Leave out the kernels of a type, as kernels name it: float, bf16, f16.
+    #[arg(long)]
+    but: Option<String>,
 }
 
 impl Args {
-    /// What CI builds: the oldest architecture and the one with instructions of its own.
+    /// What CI builds: the oldest architecture and the one with instructions of its own, without f16,
+    /// whose kernels are those of bf16 but for conversions.
     pub(crate) fn ci() -> Args {
-        Args { arch: ["sm_80", "sm_90a"].map(String::from).into(), fetch: true }
+        Args {
+            arch: ["sm_80", "sm_90a"].map(String::from).into(),
+            fetch: true,
+            but: Some("f16".into()),
+        }
     }
 }
 
@@ -44,7 +52,10 @@ pub(crate) fn kernels(args: &Args) -> Result<()> {
         );
     };
     let program = ["run", "-p", "colossal-kernels", "--example", "kernels", "--", "target/kernels"];
-    let archs: Vec<&str> = args.arch.iter().map(String::as_str).collect();
+    let mut archs: Vec<&str> = args.arch.iter().map(String::as_str).collect();
+    if let Some(but) = &args.but {
+        archs.extend(["--but", but]);
+    }
     run(&cargo(), &[&program[..], &archs].concat(), &[("COLOSSAL_CUDA_PATH", &path)])
 }
 
