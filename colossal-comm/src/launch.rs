@@ -126,6 +126,19 @@ pub(crate) fn store_address() -> Result<String> {
 /// [`Error::Argument`] when the launcher started another number of processes, and those of
 /// [`Group::from_env`].
 pub fn launched<R: Send>(n: usize, f: impl Fn(Group) -> R + Sync) -> Result<Vec<R>> {
+    launched_by(n, Group::from_env, f)
+}
+
+/// As [`launched`], where `world` makes the group of processes: [`Group::nccl_from_env`] for those
+/// that have a GPU each.
+///
+/// # Errors
+/// Those of [`launched`] and of `world`.
+pub fn launched_by<R: Send>(
+    n: usize,
+    world: impl Fn() -> Result<Group>,
+    f: impl Fn(Group) -> R + Sync,
+) -> Result<Vec<R>> {
     match Launch::from_env()? {
         Some(launch) if launch.world_size > 1 => {
             if launch.world_size != n {
@@ -135,7 +148,7 @@ pub fn launched<R: Send>(n: usize, f: impl Fn(Group) -> R + Sync) -> Result<Vec<
                 );
                 return Err(Error::Argument { op: "launched", reason });
             }
-            Ok(vec![f(Group::from_env()?)])
+            Ok(vec![f(world()?)])
         }
         _ => Ok(on_ranks(n, f)),
     }

@@ -37,6 +37,6 @@ pub use element::{DType, Element, ReduceOp};
 pub use error::{Error, Result};
 pub use group::{Config, Group, on_ranks};
 pub use in_flight::Pending;
-pub use launch::{Launch, Launcher, launched};
+pub use launch::{Launch, Launcher, launched, launched_by};
 pub use mesh::Mesh;
 pub use message::Message;

@@ -56,7 +56,7 @@ fn scene(name: &str, env: &[(&str, &str)], play: fn()) {
     let library = stand_in();
     let out = Command::new(std::env::current_exe().expect("this program has a path"))
         .args(["--exact", name, "--nocapture"])
-        .envs([("COLOSSAL_NCCL", &library), ("COLOSSAL_CUDA", &library)])
+        .envs([("COLOSSAL_NCCL", &library), ("COLOSSAL_DRIVER", &library)])
         .env("COLOSSAL_SCENE", name)
         .envs(env.iter().copied())
         .output()
@@ -168,7 +168,7 @@ fn on_device<T: suite::Number>(g: &Group, part: usize) {
 /// A stream of the stand-in, as a runtime for GPUs would bring one.
 fn stream() -> *mut c_void {
     static LIBRARY: Mutex<Option<libloading::Library>> = Mutex::new(None);
-    let path = std::env::var("COLOSSAL_CUDA").unwrap();
+    let path = std::env::var("COLOSSAL_DRIVER").unwrap();
     let mut library = LIBRARY.lock().unwrap();
     // SAFETY: the stand-in has no initialisers, and these functions have these types.
     unsafe {

@@ -7,11 +7,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use colossal_comm::{Group, launched};
+use colossal_comm::{Config, Group, Launch, launched_by};
 use colossal_models::train::{
     Batch, LrSchedule, Optimizer, Sequences, Trainer, load_checkpoint, save_checkpoint,
 };
-use colossal_models::{Head, hf};
+use colossal_models::{Device, Head, hf};
 use colossal_tensor::safetensors::write_atomic;
 
 use crate::chat::Progress;
@@ -73,7 +73,15 @@ pub fn train(task: Task, config: &TrainConfig) -> Result<String> {
     let resolved = toml::to_string_pretty(config)?;
     write_atomic(&config.output_dir.join("config.resolved.toml"), resolved.as_bytes())?;
     let end = tokenizer.as_ref().map_or(-1, ChatTokenizer::end_of_turn);
-    let results = launched(config.plan.ranks(), |world| on_rank(task, config, &data, end, &world))?;
+    // Processes with a GPU each talk over NCCL, others over MPI.
+    let local = Launch::from_env()?.map_or(0, |launch| launch.local_rank);
+    let gpus = Device::named(&config.plan.device, local)? != Device::Cpu;
+    let world = || match gpus {
+        true => Group::nccl_from_env(Config::default()),
+        false => Group::from_env(),
+    };
+    let run = |world: Group| on_rank(task, config, &data, end, &world);
+    let results = launched_by(config.plan.ranks(), world, run)?;
     let mut text = String::new();
     for (rank, result) in results.into_iter().enumerate() {
         let said = result.with_context(|| format!("rank {rank}"))?;

@@ -226,7 +226,7 @@ pub(super) fn cuda() -> Result<&'static Cuda> {
     static LOADED: OnceLock<Result<Cuda, String>> = OnceLock::new();
     let load = || {
         let advice = "it comes with the NVIDIA driver; without a GPU use ranks as threads or MPI";
-        let cuda = Cuda::of(open("the CUDA driver", "COLOSSAL_CUDA", &CUDA, advice)?)
+        let cuda = Cuda::of(open("the CUDA driver", "COLOSSAL_DRIVER", &CUDA, advice)?)
             .map_err(|e| format!("this CUDA driver lacks a function: {e}"))?;
         // SAFETY: a call without pointers.
         cuda_checked("cuInit", unsafe { (cuda.cuInit)(0) }).map_err(|e| e.to_string())?;
