@@ -22,6 +22,7 @@ mod recompute;
 mod redistribute;
 mod ring_attention;
 pub mod safetensors;
+mod saved;
 pub mod storage;
 mod summa;
 mod tensor;

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::fake::{Account, Pretended};
 use crate::params::{Lease, Param};
 use crate::placement::{Context, Layout, Placement, Role, Sharding, axis_of};
+use crate::saved::Recipe;
 use crate::storage::Buffer;
 use crate::view::View;
 
@@ -238,6 +239,8 @@ struct Inner {
     layout: Layout,
     data: Data,
     edge: Edge,
+    /// How backward may compute the values again.
+    recipe: Option<Arc<Recipe>>,
 }
 
 #[derive(Clone)]
@@ -329,6 +332,7 @@ impl Tensor {
             layout,
             data: Data::Owned(Arc::new(buffer), 0),
             edge: Edge::None,
+            recipe: None,
         }))
     }
 
@@ -355,6 +359,7 @@ impl Tensor {
                 shape.iter().product::<usize>() * dtype.bytes(),
             )),
             edge: Edge::None,
+            recipe: None,
         }))
     }
 
@@ -372,6 +377,7 @@ impl Tensor {
             layout: param.layout(),
             data,
             edge,
+            recipe: None,
         }))
     }
 
@@ -395,6 +401,7 @@ impl Tensor {
             layout,
             data,
             edge,
+            recipe: None,
         }))
     }
 
@@ -406,6 +413,18 @@ impl Tensor {
                 t.rewrap(t.shape(), t.layout(), 0, edge)
             }
         }
+    }
+
+    pub(crate) fn recipe(&self) -> Option<&Arc<Recipe>> {
+        self.0.recipe.as_ref()
+    }
+
+    /// The same tensor, which its only owner says how to compute again.
+    pub(crate) fn with_recipe(mut self, recipe: Arc<Recipe>) -> Tensor {
+        if let Some(inner) = Arc::get_mut(&mut self.0) {
+            inner.recipe = Some(recipe);
+        }
+        self
     }
 
     /// Other integers laid out as this tensor is, positions beside ids: one per local element, or

@@ -21,7 +21,7 @@ macro_rules! activation {
                     kernels::$name(self.lend::<T>()?.view::<T>(), y.view_mut::<T>())
                 })
             })?;
-            let x = self.detach();
+            let (x, again) = (self.detach(), self.detach());
             Ok(record(op, y, &[self], move |dy, back| {
                 let dx = produce(x.scope(), x.shape(), x.dtype(), dy.layout(), |dx| {
                     float!(op, x.dtype(), T => {
@@ -31,7 +31,8 @@ macro_rules! activation {
                     })
                 })?;
                 back.give(0, dx)
-            }))
+            })
+            .remade_by(move || again.$name()))
         }
     };
 }
@@ -110,6 +111,7 @@ impl Tensor {
             })
         })?;
         let (gate, up_saved) = (self.detach(), up.detach());
+        let (gate_again, up_again) = (gate.clone(), up_saved.clone());
         Ok(record("swiglu", y, &[self, up], move |dy, back| {
             let bytes = dy.len() * dy.dtype().bytes();
             let mut dup = Buffer::on(dy.scope().device(), bytes)?;
@@ -126,7 +128,8 @@ impl Tensor {
             })?;
             back.give(1, Tensor::wrap(dy.scope(), dup, dy.shape(), dy.dtype(), dy.layout()))?;
             back.give(0, dgate)
-        }))
+        })
+        .remade_by(move || gate_again.swiglu(&up_again)))
     }
 
     /// The same values in another float type; the gradient is cast back.

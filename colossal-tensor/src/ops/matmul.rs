@@ -68,14 +68,15 @@ impl Tensor {
                 )
             })
         })?;
-        let (x, w) = (self.detach(), weight.detach());
+        let (x, w) = (self.save(), weight.detach());
+        let (scope, x_shape, x_layout) =
+            (self.scope().clone(), self.shape().to_vec(), self.layout());
         let (like_w, like_b) = (Weight::like(weight), bias.map(Weight::like));
         let mut inputs = vec![self, weight];
         inputs.extend(bias);
         Ok(record("linear", y, &inputs, move |dy, back| {
             if back.wants(0) {
-                let layout = x.layout().dual();
-                let dx = produce(x.scope(), x.shape(), x.dtype(), layout, |dx| {
+                let dx = produce(&scope, &x_shape, dy.dtype(), x_layout.dual(), |dx| {
                     float!("linear", dy.dtype(), T => {
                         let (dy, w) = (dy.lend::<T>()?, w.lend::<T>()?);
                         kernels::gemm(
@@ -102,6 +103,7 @@ impl Tensor {
             }
             if back.wants(1) {
                 back.weight_fresh(1, &like_w, move |dw| {
+                    let x = x.get()?;
                     float!("linear", dy.dtype(), T => {
                         let (dy, x) = (dy.lend::<T>()?, x.lend::<T>()?);
                         kernels::gemm(

@@ -26,6 +26,7 @@ impl Tensor {
             })
         })?;
         let (x, w, like) = (self.detach(), weight.detach(), Weight::like(weight));
+        let again = (x.clone(), w.clone());
         Ok(record("rms_norm", y, &[self, weight], move |dy, back| {
             let mut dw = Buffer::zeros_on::<f32>(w.scope().device(), w.len())?;
             let dx = produce(x.scope(), x.shape(), x.dtype(), dy.layout(), |dx| {
@@ -42,7 +43,8 @@ impl Tensor {
             })?;
             back.weight(1, &like, move |acc| kernels::add_assign(dw.view::<f32>(), acc))?;
             back.give(0, dx)
-        }))
+        })
+        .remade_by(move || again.0.rms_norm(&again.1, eps)))
     }
 
     /// Layer norm (Ba et al., 2016): `(x - mean) / sqrt(var + eps) * weight + bias`.
@@ -70,6 +72,7 @@ impl Tensor {
             })
         })?;
         let (x, w) = (self.detach(), weight.detach());
+        let again = (x.clone(), w.clone(), bias.detach());
         let (like_w, like_b) = (Weight::like(weight), Weight::like(bias));
         Ok(record("layer_norm", y, &[self, weight, bias], move |dy, back| {
             let mut dw = Buffer::zeros_on::<f32>(w.scope().device(), w.len())?;
@@ -91,7 +94,8 @@ impl Tensor {
             back.weight(1, &like_w, move |acc| kernels::add_assign(dw.view::<f32>(), acc))?;
             back.weight(2, &like_b, move |acc| kernels::add_assign(db.view::<f32>(), acc))?;
             back.give(0, dx)
-        }))
+        })
+        .remade_by(move || again.0.layer_norm(&again.1, &again.2, eps)))
     }
 
     /// Softmax over the last dim.
