@@ -137,3 +137,37 @@ fn a_device_that_is_not_there_is_named() {
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(text.contains("choose auto, cpu, cuda"), "{text}");
 }
+
+/// The whole pipeline, two ranks, on as little as shows a wrong number.
+#[test]
+fn rlhf_on_a_gpu_says_what_it_says_on_the_cpu() {
+    if devices_here().is_empty() {
+        return println!("no CUDA: nothing was run");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let metrics = |device: &str| -> Vec<serde_json::Value> {
+        let out = dir.path().join(device);
+        let program = std::env::var("COLOSSAL_PROGRAM");
+        let output = Command::new(program.as_deref().unwrap_or(env!("CARGO_BIN_EXE_colossal")))
+            .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap())
+            .args(["rlhf", "--device", device, "--output-dir", out.to_str().unwrap()])
+            .args(["--hidden_size", "32", "--layers", "1", "--heads", "2", "--batch", "2"])
+            .args(["--sft_steps", "2", "--reward_steps", "2", "--max_length", "64"])
+            .args(["--ppo.iterations", "1", "--ppo.rollouts", "4", "--ppo.max_new_tokens", "4"])
+            .output()
+            .unwrap();
+        // So few steps align nothing: its exit code says so, and the report is there.
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(out.join("report.html").exists(), "{text}");
+        let lines = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let (cpu, gpu) = (metrics("cpu"), metrics("cuda"));
+    assert_eq!(cpu.len(), gpu.len());
+    for (a, b) in cpu.iter().zip(&gpu) {
+        for (name, a) in a.as_object().unwrap().iter().filter(|(n, _)| *n != "tokens_per_second") {
+            let (Some(a), Some(b)) = (a.as_f64(), b[name].as_f64()) else { continue };
+            assert!((a - b).abs() < 1e-3 * (1.0 + a.abs()), "{name}: {a} on the CPU, {b}");
+        }
+    }
+}
