@@ -59,22 +59,22 @@ pub struct Factors {
 
 /// Consecutive elements of one row.
 #[derive(Debug, Clone, Copy)]
-struct Run {
+pub(crate) struct Run {
     /// Where they lie in the slice.
-    at: usize,
-    len: usize,
+    pub(crate) at: usize,
+    pub(crate) len: usize,
     /// Their row in [`Factors::rows`].
-    row: usize,
+    pub(crate) row: usize,
     /// The first one's column in [`Factors::cols`].
-    col: usize,
+    pub(crate) col: usize,
 }
 
 /// Which elements of a parameter a slice holds.
 #[derive(Debug, Clone)]
 pub struct Piece {
     /// `[batch, rows, cols]`; a vector is `[n, 1, 1]`.
-    shape: [usize; 3],
-    runs: Vec<Run>,
+    pub(crate) shape: [usize; 3],
+    pub(crate) runs: Vec<Run>,
     len: usize,
 }
 
@@ -124,7 +124,7 @@ impl Piece {
         Factors { rows: vec![0.0; batch * rows], cols: vec![0.0; batch * cols] }
     }
 
-    fn ones(&self) -> Factors {
+    pub(crate) fn ones(&self) -> Factors {
         let mut ones = self.factors();
         ones.rows.fill(1.0);
         ones.cols.fill(1.0);
@@ -132,7 +132,7 @@ impl Piece {
     }
 
     /// Is the parameter a vector, whose statistics are exact?
-    fn is_vector(&self) -> bool {
+    pub(crate) fn is_vector(&self) -> bool {
         self.shape[1..] == [1, 1]
     }
 
@@ -208,7 +208,7 @@ impl Run {
 
 impl Factors {
     /// `state = beta state + (1 - beta) mean`.
-    fn fold(&mut self, piece: &Piece, beta: f64, sums: &[f64]) {
+    pub(crate) fn fold(&mut self, piece: &Piece, beta: f64, sums: &[f64]) {
         let [_, rows, cols] = piece.shape;
         let (row_sums, col_sums) = sums.split_at(self.rows.len());
         let fold = |state: &mut [f32], sums: &[f64], count: usize| {
@@ -221,7 +221,7 @@ impl Factors {
     }
 
     /// The factors of `1 / sqrt(row col / mean)`, by row and by column.
-    fn inverse_roots(&self, piece: &Piece) -> Factors {
+    pub(crate) fn inverse_roots(&self, piece: &Piece) -> Factors {
         let mut rows = Vec::with_capacity(self.rows.len());
         for matrix in self.rows.chunks(piece.shape[1].max(1)) {
             let mean = matrix.iter().map(|x| f64::from(*x)).sum::<f64>() / matrix.len() as f64;
@@ -231,7 +231,7 @@ impl Factors {
         Factors { rows, cols }
     }
 
-    fn check(&self, what: &str, piece: &Piece) {
+    pub(crate) fn check(&self, what: &str, piece: &Piece) {
         let [batch, rows, cols] = piece.shape;
         assert!(
             self.rows.len() == batch * rows && self.cols.len() == batch * cols,
@@ -316,6 +316,20 @@ simd! {
 }
 
 impl Adafactor {
+    /// How the second moment decays at step `t`.
+    pub(crate) fn beta(&self, t: u32) -> f64 {
+        1.0 - f64::from(t.max(1)).powf(-f64::from(self.decay_rate))
+    }
+
+    /// The rate of the direction and the decay of the parameter, by the sums of their squares.
+    pub(crate) fn rates(&self, piece: &Piece, totals: [f64; 2], grad_scale: f32) -> [f32; 2] {
+        let [step, size] = totals.map(|t| (t / piece.elements()).sqrt());
+        let scale = if self.scale_parameter { size.max(f64::from(self.eps.1)) } else { 1.0 };
+        let lr = f64::from(self.lr) * scale;
+        let decay = (1.0 - lr * f64::from(self.weight_decay)) as f32;
+        [(lr / (step / f64::from(self.clip)).max(1.0)) as f32 * grad_scale, decay]
+    }
+
     /// Step `t` (from 1) of the parts of a parameter that `piece` says, its gradient multiplied by
     /// `grad_scale`.
     ///
@@ -338,7 +352,7 @@ impl Adafactor {
         let mut sums =
             piece.sums(|run, cols| squares(&grads[run.range()], grad_scale, self.eps.0, cols));
         sum(&mut sums);
-        state.fold(piece, 1.0 - f64::from(t.max(1)).powf(-f64::from(self.decay_rate)), &sums);
+        state.fold(piece, self.beta(t), &sums);
         let factors = state.inverse_roots(piece);
         let (rows, cols) = (&factors.rows, &factors.cols);
         let values = &*params;
@@ -347,11 +361,7 @@ impl Adafactor {
             norms(&grads[run.range()], &values[run.range()], row, cols)
         });
         sum(&mut totals);
-        let [step, size] = totals.map(|t| (t / piece.elements()).sqrt());
-        let scale = if self.scale_parameter { size.max(f64::from(self.eps.1)) } else { 1.0 };
-        let lr = f64::from(self.lr) * scale;
-        let decay = (1.0 - lr * f64::from(self.weight_decay)) as f32;
-        let rate = (lr / (step / f64::from(self.clip)).max(1.0)) as f32 * grad_scale;
+        let [rate, decay] = self.rates(piece, totals, grad_scale);
         let p = Parts::new(params);
         piece.blocks(|_, runs| {
             for run in runs {
@@ -364,6 +374,12 @@ impl Adafactor {
 }
 
 impl Came {
+    /// What scales the direction down to [`Came::clip`], by the sum of its squares.
+    pub(crate) fn rate(&self, piece: &Piece, totals: [f64; 2], grad_scale: f32) -> f32 {
+        let step = (totals[0] / piece.elements()).sqrt();
+        (1.0 / (step / f64::from(self.clip)).max(1.0)) as f32 * grad_scale
+    }
+
     /// One step of the parts of a parameter that `piece` says, its gradient multiplied by
     /// `grad_scale`; `second` and `disagreement` are the two factored statistics.
     ///
@@ -397,8 +413,7 @@ impl Came {
             norms(&grads[run.range()], &values[run.range()], row, cols)
         });
         sum(&mut totals);
-        let step = (totals[0] / piece.elements()).sqrt();
-        let rate = (1.0 / (step / f64::from(self.clip)).max(1.0)) as f32 * grad_scale;
+        let rate = self.rate(piece, totals, grad_scale);
         let moments = Parts::new(&mut *m);
         let f = [self.betas.0 as f32, self.eps.1];
         let mut sums = piece.sums(|run, sums| {

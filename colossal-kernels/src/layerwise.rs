@@ -40,7 +40,7 @@ pub struct Lars {
     pub weight_decay: f32,
 }
 
-/// Runs `f(range)`, which returns two sums of squares, over fixed runs; the sums in order.
+/// Runs `f(range)`, which returns two sums of squares, over fixed runs; their totals, in order.
 fn norms(
     len: usize,
     sum: Sum<'_>,
@@ -58,10 +58,26 @@ fn norms(
     });
     let mut total = sums.iter().fold([0.0; 2], |t, s| [t[0] + s[0], t[1] + s[1]]);
     sum(&mut total);
-    total.map(f64::sqrt)
+    total
 }
 
 impl Lamb {
+    /// What both passes need.
+    pub(crate) fn factors(&self, t: u32, grad_scale: f32) -> [f32; 7] {
+        let t = t.max(1) as i32;
+        let bias1 = 1.0 - f64::from(self.beta1).powi(t);
+        let bias2 = 1.0 - f64::from(self.beta2).powi(t);
+        let (rate, root) = ((1.0 / bias1) as f32, (1.0 / bias2.sqrt()) as f32);
+        [self.beta1, self.beta2, grad_scale, rate, root, self.eps, self.weight_decay]
+    }
+
+    /// The learning rate of a parameter, by the sums of squares of it and of its direction.
+    pub(crate) fn rate(&self, squares: [f64; 2]) -> f32 {
+        let [size, step] = squares.map(f64::sqrt);
+        let ratio = if size > 0.0 && step > 0.0 { size / step } else { 1.0 };
+        self.lr * ratio as f32
+    }
+
     /// Step `t` (from 1) of one parameter, its gradient multiplied by `grad_scale`. A caller that
     /// holds it whole gives `&mut |_| {}` as `sum`.
     pub fn step(
@@ -78,18 +94,7 @@ impl Lamb {
         for len in [grads.len(), m.len(), v.len()] {
             check("lamb", params.len(), len);
         }
-        let t = t.max(1) as i32;
-        let bias1 = 1.0 - f64::from(self.beta1).powi(t);
-        let bias2 = 1.0 - f64::from(self.beta2).powi(t);
-        let f = [
-            self.beta1,
-            self.beta2,
-            grad_scale,
-            (1.0 / bias1) as f32,
-            (1.0 / bias2.sqrt()) as f32,
-            self.eps,
-            self.weight_decay,
-        ];
+        let f = self.factors(t, grad_scale);
         simd! { fn moments(p: &[f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: &[f32; 7]) -> [f64; 2] {
             let [beta1, beta2, scale, rate, root, eps, decay] = *f;
             let mut sums = [0.0f32; 2];
@@ -111,13 +116,12 @@ impl Lamb {
         } }
         let (mp, vp) = (Parts::new(m), Parts::new(v));
         let values = &*params;
-        let [size, step] = norms(values.len(), sum, |r| {
+        let norms = norms(values.len(), sum, |r| {
             // SAFETY: runs are disjoint.
             let (m, v) = unsafe { (mp.range(r.clone()), vp.range(r.clone())) };
             moments(&values[r.clone()], &grads[r], m, v, &f)
         });
-        let ratio = if size > 0.0 && step > 0.0 { size / step } else { 1.0 };
-        let lr = self.lr * ratio as f32;
+        let lr = self.rate(norms);
         let p = Parts::new(params);
         parallel_for(grads.len(), 16384, |r| {
             // SAFETY: ranges of different pieces are disjoint.
@@ -127,6 +131,15 @@ impl Lamb {
 }
 
 impl Lars {
+    /// What the update needs, by the sums of squares of the parameter and of its gradient.
+    pub(crate) fn factors(&self, squares: [f64; 2], grad_scale: f32) -> [f32; 5] {
+        let [size, step] = squares.map(f64::sqrt);
+        let below = step + f64::from(self.weight_decay) * size + f64::from(self.eps);
+        let ratio =
+            if size > 0.0 && step > 0.0 { f64::from(self.trust) * size / below } else { 1.0 };
+        [self.lr, self.momentum, ratio as f32, self.weight_decay, grad_scale]
+    }
+
     /// One step of one parameter, its gradient multiplied by `grad_scale`:
     /// `m = momentum m + ratio (g + weight_decay p)`, `p -= lr m`; `sum` as in [`Lamb::step`].
     pub fn step(
@@ -157,12 +170,9 @@ impl Lars {
             }
         } }
         let values = &*params;
-        let [size, step] =
+        let norms =
             norms(values.len(), sum, |r| squares(&values[r.clone()], &grads[r], grad_scale));
-        let below = step + f64::from(self.weight_decay) * size + f64::from(self.eps);
-        let ratio =
-            if size > 0.0 && step > 0.0 { f64::from(self.trust) * size / below } else { 1.0 };
-        let f = [self.lr, self.momentum, ratio as f32, self.weight_decay, grad_scale];
+        let f = self.factors(norms, grad_scale);
         let (p, m) = (Parts::new(params), Parts::new(m));
         parallel_for(grads.len(), 16384, |r| {
             // SAFETY: ranges of different pieces are disjoint.

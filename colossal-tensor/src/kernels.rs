@@ -5,7 +5,8 @@
 //! a kernel without a twin runs on the host, between copies.
 
 use colossal_kernels::cuda::{self, Stream};
-use colossal_kernels::{AdamW, AttentionShape, Float, Int8Matrix, Lion};
+use colossal_kernels::{Adafactor, AdamW, Came, Factors, Lamb, Lars, Lion, Piece, Sum};
+use colossal_kernels::{AttentionShape, Float, Int8Matrix};
 
 use crate::device::Device;
 use crate::error::Result;
@@ -499,15 +500,87 @@ pub fn lion(
     Ok(())
 }
 
-/// A step of any other rule: `step(params, grads, m, v)` on the host.
-pub fn other_rule(
+/// [`Lamb::step`]
+pub fn lamb(
+    rule: &Lamb,
+    t: u32,
     params: ViewMut<'_, f32>,
     grads: View<'_, f32>,
     m: ViewMut<'_, f32>,
     v: ViewMut<'_, f32>,
-    step: impl FnOnce(&mut [f32], &[f32], &mut [f32], &mut [f32]),
+    grad_scale: f32,
+    sum: Sum<'_>,
 ) -> Result<()> {
-    on_host!((params, grads, m, v) => step(params, grads, m, v));
+    match stream_of!(params, grads, m, v) {
+        Some(stream) => on_cuda!(stream, (params, grads, m, v) => {
+            cuda::lamb(&stream, rule, t, params, grads, m, v, grad_scale, sum)
+        }),
+        None => {
+            on_host!((params, grads, m, v) => rule.step(t, params, grads, m, v, grad_scale, sum))
+        }
+    }
+    Ok(())
+}
+
+/// [`Lars::step`]
+pub fn lars(
+    rule: &Lars,
+    params: ViewMut<'_, f32>,
+    grads: View<'_, f32>,
+    m: ViewMut<'_, f32>,
+    grad_scale: f32,
+    sum: Sum<'_>,
+) -> Result<()> {
+    match stream_of!(params, grads, m) {
+        Some(stream) => on_cuda!(stream, (params, grads, m) => {
+            cuda::lars(&stream, rule, params, grads, m, grad_scale, sum)
+        }),
+        None => on_host!((params, grads, m) => rule.step(params, grads, m, grad_scale, sum)),
+    }
+    Ok(())
+}
+
+/// [`Adafactor::step`]
+pub fn adafactor(
+    rule: &Adafactor,
+    t: u32,
+    piece: &Piece,
+    params: ViewMut<'_, f32>,
+    grads: View<'_, f32>,
+    state: &mut Factors,
+    grad_scale: f32,
+    sum: Sum<'_>,
+) -> Result<()> {
+    match stream_of!(params, grads) {
+        Some(stream) => on_cuda!(stream, (params, grads) => {
+            cuda::adafactor(&stream, rule, t, piece, params, grads, state, grad_scale, sum)
+        }),
+        None => {
+            on_host!((params, grads) => rule.step(t, piece, params, grads, state, grad_scale, sum))
+        }
+    }
+    Ok(())
+}
+
+/// [`Came::step`]
+pub fn came(
+    rule: &Came,
+    piece: &Piece,
+    params: ViewMut<'_, f32>,
+    grads: View<'_, f32>,
+    m: ViewMut<'_, f32>,
+    states: [&mut Factors; 2],
+    grad_scale: f32,
+    sum: Sum<'_>,
+) -> Result<()> {
+    match stream_of!(params, grads, m) {
+        Some(stream) => on_cuda!(stream, (params, grads, m) => {
+            cuda::came(&stream, rule, piece, params, grads, m, states, grad_scale, sum)
+        }),
+        None => {
+            on_host!((params, grads, m) => rule.step(piece, params, grads, m, states, grad_scale, sum))
+        }
+    }
     Ok(())
 }
 

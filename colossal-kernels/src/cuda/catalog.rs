@@ -2,7 +2,7 @@
 
 use super::{
     Source, activation, attention, blocks, cast, cross_entropy, decode, elementwise, embedding,
-    gemm, norm, optimizer, ranks, reduce, rope, rows, softmax,
+    factored, gemm, layerwise, norm, optimizer, ranks, reduce, rope, rows, softmax,
 };
 
 /// A file of kernels, and what it is compiled under.
@@ -39,6 +39,9 @@ pub fn catalog() -> Vec<Build> {
         for (_, size) in attention::SIZES {
             builds.extend(TYPES.map(|t| Build { source, defines: vec![("TYPE", t), ("D", size)] }));
         }
+    }
+    for source in [&layerwise::LAYERWISE, &factored::FACTORED] {
+        builds.push(Build { source, defines: vec![("TYPE", "float")] });
     }
     for (ty, _) in ranks::TYPES {
         builds.push(Build { source: &ranks::RANKS, defines: vec![("TYPE", ty)] });

@@ -1,7 +1,7 @@
 //! Optimizers, and norm and scale of many tensors.
 
 use colossal_kernels::cuda::{self, Stream};
-use colossal_kernels::{self as cpu, AdamW, Float, Lion};
+use colossal_kernels::{self as cpu, Adafactor, AdamW, Came, Float, Lamb, Lars, Lion, Piece};
 
 use crate::check::{Device, close, noise, stream};
 
@@ -54,6 +54,102 @@ fn lion() {
         cuda::lion(&stream, &rule, p2.all_mut(), g2.all(), m2.all_mut(), 0.5).unwrap();
         close("lion", &p2.get(), &p, 1e-6);
         close("lion, m", &m2.get(), &m, 1e-6);
+    }
+}
+
+/// Adds a hundredth, as other ranks might: shows that sums are asked for, and used.
+fn others(sums: &mut [f64]) {
+    sums.iter_mut().for_each(|x| *x *= 1.01);
+}
+
+#[test]
+fn lamb_and_lars() {
+    let Some(stream) = stream() else { return };
+    let lamb = Lamb { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-6, weight_decay: 0.1 };
+    let lars = Lars { lr: 0.1, momentum: 0.9, trust: 0.01, eps: 1e-8, weight_decay: 0.1 };
+    for (n, skip) in [(0, 0), (5, 1), (1030, 0), (40_003, 0)] {
+        let (mut p, mut m, mut v) = (noise::<f32>(n, 1), vec![0.0; n], vec![0.0; n]);
+        let [mut p2, mut m2, mut v2] = [&p, &m, &v].map(|x| Device::new(&stream, x, skip));
+        let (mut q, mut k) = (noise::<f32>(n, 2), noise::<f32>(n, 3));
+        let [mut q2, mut k2] = [&q, &k].map(|x| Device::new(&stream, x, skip));
+        for t in 1..4 {
+            let g = noise::<f32>(n, 10 + u64::from(t));
+            lamb.step(t, &mut p, &g, &mut m, &mut v, 0.5, &mut others);
+            lars.step(&mut q, &g, &mut k, 0.5, &mut others);
+            let g = Device::new(&stream, &g, skip);
+            let (p, m, v) = (p2.all_mut(), m2.all_mut(), v2.all_mut());
+            cuda::lamb(&stream, &lamb, t, p, g.all(), m, v, 0.5, &mut others).unwrap();
+            let (q, k) = (q2.all_mut(), k2.all_mut());
+            cuda::lars(&stream, &lars, q, g.all(), k, 0.5, &mut others).unwrap();
+        }
+        close("lamb", &p2.get(), &p, 1e-6);
+        close("lamb, m", &m2.get(), &m, 1e-6);
+        close("lamb, v", &v2.get(), &v, 1e-6);
+        close("lars", &q2.get(), &q, 1e-6);
+        close("lars, m", &k2.get(), &k, 1e-6);
+    }
+}
+
+#[test]
+fn factored() {
+    let Some(stream) = stream() else { return };
+    let pieces = [
+        Piece::whole(&[37]),
+        Piece::whole(&[40, 133]),
+        Piece::whole(&[3, 18, 7]),
+        // Parts of rows, out of order, over a stack of matrices of which one is not held.
+        Piece::new(&[4, 20, 150], [(9100, 1000), (13, 2900), (3007, 40)]),
+        Piece::new(&[4, 5], []),
+    ];
+    for piece in &pieces {
+        for (decay, scale_parameter) in [(0.0, true), (0.1, false)] {
+            let adafactor = Adafactor {
+                lr: 1e-2,
+                decay_rate: 0.8,
+                eps: (1e-30, 1e-3),
+                clip: 1.0,
+                weight_decay: decay,
+                scale_parameter,
+            };
+            let betas = (0.9, 0.999, 0.9999);
+            let came =
+                Came { lr: 1e-2, betas, eps: (1e-30, 1e-16), clip: 1.0, weight_decay: decay };
+            let n = piece.len();
+            let (mut p, mut q, mut m) = (noise::<f32>(n, 1), noise::<f32>(n, 2), vec![0.0; n]);
+            let [mut p2, mut q2, mut m2] = [&p, &q, &m].map(|x| Device::new(&stream, x, 1));
+            let mut states = [(); 6].map(|()| piece.factors());
+            // So that rows that nobody holds have means.
+            states.iter_mut().for_each(|s| (s.rows.fill(0.1), s.cols.fill(0.1)).0);
+            let [a, b, c, a2, b2, c2] = &mut states;
+            for t in 1..4 {
+                let g = noise::<f32>(n, 10 + u64::from(t));
+                adafactor.step(t + 1, piece, &mut p, &g, a, 0.5, &mut others);
+                came.step(piece, &mut q, &g, &mut m, [b, c], 0.5, &mut others);
+                let g = Device::new(&stream, &g, 0);
+                let p = p2.all_mut();
+                cuda::adafactor(
+                    &stream,
+                    &adafactor,
+                    t + 1,
+                    piece,
+                    p,
+                    g.all(),
+                    a2,
+                    0.5,
+                    &mut others,
+                )
+                .unwrap();
+                let (q, m, states) = (q2.all_mut(), m2.all_mut(), [&mut *b2, &mut *c2]);
+                cuda::came(&stream, &came, piece, q, g.all(), m, states, 0.5, &mut others).unwrap();
+            }
+            close("adafactor", &p2.get(), &p, 2e-6);
+            close("came", &q2.get(), &q, 2e-6);
+            close("came, m", &m2.get(), &m, 2e-6);
+            for (what, got, want) in [("adafactor", a2, a), ("came", b2, b), ("came", c2, c)] {
+                close(&format!("{what}, rows"), &got.rows, &want.rows, 1e-6);
+                close(&format!("{what}, columns"), &got.cols, &want.cols, 1e-6);
+            }
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use colossal_kernels as kernels;
-use colossal_tensor::kernels::{adamw, adamw_masters, cast, lion, other_rule};
+use colossal_tensor::kernels::{adafactor, adamw, adamw_masters, came, cast, lamb, lars, lion};
 use colossal_tensor::storage::Buffer;
 use colossal_tensor::{Result, View, ViewMut};
 use serde::{Deserialize, Serialize};
@@ -277,15 +277,11 @@ impl Update {
             }
             Rule::Lamb { betas: (beta1, beta2), eps } => {
                 let rule = kernels::Lamb { lr, beta1, beta2, eps, weight_decay };
-                other_rule(all, grads, m, v, |p, grads, m, v| {
-                    rule.step(self.step, p, grads, m, v, scale, sum);
-                })?;
+                lamb(&rule, self.step, all, grads, m, v, scale, sum)?;
             }
             Rule::Lars { momentum, trust } => {
                 let rule = kernels::Lars { lr, momentum, trust, eps: 1e-8, weight_decay };
-                other_rule(all, grads, m, v, |p, grads, m, _| {
-                    rule.step(p, grads, m, scale, sum);
-                })?;
+                lars(&rule, all, grads, m, scale, sum)?;
             }
             Rule::Adafactor { decay_rate, scale_parameter } => {
                 let eps = (1e-30, 1e-3);
@@ -300,9 +296,7 @@ impl Update {
                 if let Some(Factored { piece, statistics }) = factored
                     && let [second] = &mut statistics[..]
                 {
-                    other_rule(all, grads, m, v, |p, grads, _, _| {
-                        rule.step(self.step, piece, p, grads, second, scale, sum);
-                    })?;
+                    adafactor(&rule, self.step, piece, all, grads, second, scale, sum)?;
                 }
             }
             Rule::Came { betas } => {
@@ -311,9 +305,8 @@ impl Update {
                 if let Some(Factored { piece, statistics }) = factored
                     && let [second, disagreement] = &mut statistics[..]
                 {
-                    other_rule(all, grads, m, v, |p, grads, m, _| {
-                        rule.step(piece, p, grads, m, [second, disagreement], scale, sum);
-                    })?;
+                    let states = [second, disagreement];
+                    came(&rule, piece, all, grads, m, states, scale, sum)?;
                 }
             }
         }
