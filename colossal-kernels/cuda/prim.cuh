@@ -64,6 +64,8 @@ template <class E> INLINE E as(float x) { E y; narrow(x, y); return y; }
 
 template <class E, int K> struct __align__(sizeof(E) * K < 16 ? sizeof(E) * K : 16) Vec { E v[K]; };
 template <int K> struct Floats { float v[K]; };
+/// 16 bytes as four registers.
+struct __align__(16) Words { u32 v[4]; };
 /// How many elements a thread takes at once, as a type.
 template <int K> struct Lanes { static constexpr int n = K; };
 /// Elements of E in 16 bytes.
@@ -258,6 +260,15 @@ INLINE void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], f16) {
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+/// The same of bytes with sign: 16 x 32 by 32 x 8, four consecutive steps of the depth in a register
+/// where mma has two.
+INLINE void mma_int8(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+/// c + the products of four bytes with sign.
+INLINE int dot4(u32 a, u32 b, int c) { int d; asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d; }
+
 /// Four 8 x 8 matrices from shared memory: lane 8 i + r names row r of matrix i, 16 bytes. Register
 /// i then holds elements 2 (lane % 4), + 1 of row lane / 4 of matrix i.
 INLINE void ldmatrix(u32 (&x)[4], const void* row) {
@@ -304,7 +315,27 @@ template <class E> static void mma(float (&d)[4], const u32 (&a)[4], const u32 (
   for (int r = 0; r < 4; ++r) d[r] += out.v[r];
 }
 
-struct Words { u32 v[4]; };
+static int dot4(u32 a, u32 b, int c) {
+  for (int i = 0; i < 4; ++i) c += (i8)(a >> 8 * i) * (i8)(b >> 8 * i);
+  return c;
+}
+struct Ints { int v[4]; };
+static void mma_int8(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  const MmaIn in = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  const Ints out = cuemu::together<MmaIn, Ints>(__LINE__, in, [](const MmaIn* in, Ints* out) {
+    for (int l = 0; l < 32; ++l)
+      for (int r = 0; r < 4; ++r) {
+        const int row = l / 4 + r / 2 * 8, column = 2 * (l % 4) + r % 2;
+        int sum = 0;
+        for (int h = 0; h < 2; ++h)
+          for (int t = 0; t < 4; ++t)
+            sum = dot4(in[row % 8 * 4 + t].a[row / 8 + 2 * h], in[column * 4 + t].b[h], sum);
+        out[l].v[r] = sum;
+      }
+  });
+  for (int r = 0; r < 4; ++r) d[r] += out.v[r];
+}
+
 template <bool transposed> static void ldmatrix_any(u32 (&x)[4], const void* row) {
   const Words w = cuemu::together<const u16*, Words>(__LINE__, (const u16*)row, [](const u16* const* rows, Words* out) {
     for (int l = 0; l < 32; ++l)

@@ -11,6 +11,9 @@
 //! that adds to the sum is known beforehand. AVX2 has `vpmaddubsw`, whose pairs saturate in i16
 //! at large unsigned values; it is given `|w|` and `sign(w) x`, whose pairs fit.
 
+use std::sync::{Arc, Mutex};
+
+use crate::cuda::{self, Device, There};
 use crate::float::Float;
 use crate::gemm::with_workspace;
 use crate::isa::simd;
@@ -38,6 +41,8 @@ pub struct Int8Matrix {
     scales: Vec<f32>,
     /// `128 * sum of weights` of each channel.
     offsets: Vec<i32>,
+    /// Copies on devices.
+    there: Mutex<Vec<Arc<There>>>,
 }
 
 impl Int8Matrix {
@@ -82,7 +87,7 @@ impl Int8Matrix {
                 }
             }
         });
-        Int8Matrix { n, k, panels, scales, offsets }
+        Int8Matrix { n, k, panels, scales, offsets, there: Mutex::default() }
     }
 
     /// Output channels.
@@ -106,6 +111,35 @@ impl Int8Matrix {
         let (p, c) = (row / PANEL, row % PANEL);
         let at = p * self.panel() + (col / DEPTHS * PANEL + c) * DEPTHS + col % DEPTHS;
         f32::from(self.data()[at] as i8) * self.scales[row]
+    }
+
+    /// The scales of its rows.
+    pub(crate) fn scales(&self) -> &[f32] {
+        &self.scales[..self.n]
+    }
+
+    /// A row as it was rounded, to the beginning of `to`.
+    pub(crate) fn unpack(&self, row: usize, to: &mut [i8]) {
+        let at = row / PANEL * self.panel() + row % PANEL * DEPTHS;
+        let panel = &self.data()[at..];
+        for (l, x) in to[..self.k].iter_mut().enumerate() {
+            *x = panel[l / DEPTHS * PANEL * DEPTHS + l % DEPTHS] as i8;
+        }
+    }
+
+    /// Its copy on a device, made at first.
+    pub(crate) fn there(
+        &self,
+        device: &Device,
+        make: impl FnOnce() -> cuda::Result<There>,
+    ) -> cuda::Result<Arc<There>> {
+        let mut all = self.there.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(there) = all.iter().find(|t| t.is_on(device)) {
+            return Ok(there.clone());
+        }
+        let there = Arc::new(make()?);
+        all.push(there.clone());
+        Ok(there)
     }
 
     /// Bytes of a panel.

@@ -15,6 +15,8 @@ mod elementwise;
 mod faults;
 #[path = "cuda/gemm.rs"]
 mod gemm;
+#[path = "cuda/int8.rs"]
+mod int8;
 #[path = "cuda/optimizer.rs"]
 mod optimizer;
 #[path = "cuda/rows.rs"]

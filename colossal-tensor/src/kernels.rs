@@ -345,7 +345,7 @@ pub fn flash_attention_backward<T: Float>(
     Ok(())
 }
 
-/// [`colossal_kernels::gemm_int8`], on the host.
+/// [`colossal_kernels::gemm_int8`]
 pub fn gemm_int8<T: Float>(
     x: View<'_, T>,
     m: usize,
@@ -353,7 +353,12 @@ pub fn gemm_int8<T: Float>(
     bias: Option<View<'_, T>>,
     y: ViewMut<'_, T>,
 ) -> Result<()> {
-    on_host!((x, bias, y) => colossal_kernels::gemm_int8(x, m, w, bias, y));
+    match stream_of!(x, y, bias) {
+        Some(stream) => {
+            on_cuda!(stream, (x, bias, y) => cuda::gemm_int8(&stream, x, m, w, bias, y))
+        }
+        None => on_host!((x, bias, y) => colossal_kernels::gemm_int8(x, m, w, bias, y)),
+    }
     Ok(())
 }
 
