@@ -1,0 +1,217 @@
+//! Every kernel, wherever its operands lie.
+//!
+//! The names and arguments are those of [`colossal_kernels`], with views for slices. If any operand
+//! is on a GPU the CUDA twin is put on its stream, and operands on the host are copied there first;
+//! a kernel without a twin runs on the host, between copies.
+
+mod operand;
+mod optimizer;
+mod product;
+
+use colossal_kernels::{AttentionShape, Float, cuda};
+use operand::{Lend, Operand, on_cuda, on_host, stream_of};
+
+pub use optimizer::{SquareSums, adafactor, adamw, adamw_masters, came, lamb, lars, lion};
+pub use product::{Mat, Part, gemm, gemm_grouped, gemm_int8};
+
+use crate::error::Result;
+use crate::view::{View, ViewMut};
+
+/// Kernels with a CUDA twin.
+macro_rules! twins {
+    ($($(#[$doc:meta])* $name:ident($($x:ident: $t:ty),* $(,)?);)*) => { $(
+        $(#[$doc])*
+        #[doc = concat!("[`colossal_kernels::", stringify!($name), "`]")]
+        pub fn $name<T: Float>($($x: $t),*) -> Result<()> {
+            match stream_of!($($x),*) {
+                Some(stream) => on_cuda!(stream, ($($x),*) => cuda::$name(&stream, $($x),*)),
+                None => on_host!(($($x),*) => colossal_kernels::$name($($x),*)),
+            }
+            Ok(())
+        }
+    )* };
+}
+
+twins! {
+    add(a: View<'_, T>, b: View<'_, T>, y: ViewMut<'_, T>);
+    mul(a: View<'_, T>, b: View<'_, T>, y: ViewMut<'_, T>);
+    scale(x: View<'_, T>, s: f32, y: ViewMut<'_, T>);
+    add_assign(x: View<'_, T>, y: ViewMut<'_, T>);
+    add_into(x: View<'_, T>, y: ViewMut<'_, f32>);
+    add_bias(x: View<'_, T>, bias: View<'_, T>, y: ViewMut<'_, T>);
+    silu(x: View<'_, T>, y: ViewMut<'_, T>);
+    silu_backward(dy: View<'_, T>, x: View<'_, T>, dx: ViewMut<'_, T>);
+    gelu(x: View<'_, T>, y: ViewMut<'_, T>);
+    gelu_backward(dy: View<'_, T>, x: View<'_, T>, dx: ViewMut<'_, T>);
+    gelu_tanh(x: View<'_, T>, y: ViewMut<'_, T>);
+    gelu_tanh_backward(dy: View<'_, T>, x: View<'_, T>, dx: ViewMut<'_, T>);
+    relu(x: View<'_, T>, y: ViewMut<'_, T>);
+    relu_backward(dy: View<'_, T>, x: View<'_, T>, dx: ViewMut<'_, T>);
+    swiglu(gate: View<'_, T>, up: View<'_, T>, y: ViewMut<'_, T>);
+    swiglu_backward(
+        dy: View<'_, T>, gate: View<'_, T>, up: View<'_, T>,
+        dgate: ViewMut<'_, T>, dup: ViewMut<'_, T>,
+    );
+    rms_norm(
+        x: View<'_, T>, weight: View<'_, T>, eps: f32, y: ViewMut<'_, T>, rstd: ViewMut<'_, f32>,
+    );
+    rms_norm_backward(
+        dy: View<'_, T>, x: View<'_, T>, weight: View<'_, T>, rstd: View<'_, f32>,
+        dx: ViewMut<'_, T>, dweight: ViewMut<'_, f32>,
+    );
+    layer_norm(
+        x: View<'_, T>, weight: View<'_, T>, bias: View<'_, T>, eps: f32,
+        y: ViewMut<'_, T>, mean: ViewMut<'_, f32>, rstd: ViewMut<'_, f32>,
+    );
+    layer_norm_backward(
+        dy: View<'_, T>, x: View<'_, T>, weight: View<'_, T>, mean: View<'_, f32>,
+        rstd: View<'_, f32>, dx: ViewMut<'_, T>, dweight: ViewMut<'_, f32>,
+        dbias: ViewMut<'_, f32>,
+    );
+    softmax(x: View<'_, T>, dim: usize, y: ViewMut<'_, T>);
+    softmax_backward(dy: View<'_, T>, y: View<'_, T>, dim: usize, dx: ViewMut<'_, T>);
+    sum_rows(x: View<'_, T>, dim: usize, out: ViewMut<'_, f32>);
+    embedding(ids: View<'_, i32>, table: View<'_, T>, dim: usize, y: ViewMut<'_, T>);
+    embedding_backward(
+        ids: View<'_, i32>, dy: View<'_, T>, dim: usize, dtable: ViewMut<'_, f32>,
+    );
+    rope(
+        x: View<'_, T>, positions: View<'_, i32>, cos: View<'_, f32>, sin: View<'_, f32>,
+        heads: usize, head_dim: usize, y: ViewMut<'_, T>,
+    );
+    rope_backward(
+        dy: View<'_, T>, positions: View<'_, i32>, cos: View<'_, f32>, sin: View<'_, f32>,
+        heads: usize, head_dim: usize, dx: ViewMut<'_, T>,
+    );
+    cross_entropy(
+        logits: View<'_, T>, targets: View<'_, i32>, vocab: usize, ignore: i32,
+        loss: ViewMut<'_, f32>, lse: ViewMut<'_, f32>,
+    );
+    cross_entropy_backward(
+        dloss: View<'_, f32>, targets: View<'_, i32>, vocab: usize, ignore: i32,
+        lse: View<'_, f32>, logits_to_grad: ViewMut<'_, T>,
+    );
+    combine_rows(
+        at: View<'_, i32>, weights: View<'_, f32>, k: usize, rows: View<'_, T>, width: usize,
+        y: ViewMut<'_, T>,
+    );
+    combine_rows_backward(
+        at: View<'_, i32>, weights: View<'_, f32>, k: usize, rows: View<'_, T>, width: usize,
+        dy: View<'_, T>, drows: ViewMut<'_, T>, dweights: ViewMut<'_, f32>,
+    );
+    scatter_rows(x: View<'_, T>, index: View<'_, i32>, width: usize, y: ViewMut<'_, T>);
+    sum_groups(x: View<'_, T>, times: usize, width: usize, y: ViewMut<'_, T>);
+    dropout(
+        x: View<'_, T>, keys: View<'_, u64>, first: View<'_, u64>, width: usize, p: f32,
+        y: ViewMut<'_, T>,
+    );
+    logits_stats(
+        logits: View<'_, T>, vocab: usize, max: ViewMut<'_, f32>, sum: ViewMut<'_, f32>,
+    );
+}
+
+/// [`colossal_kernels::copy_block`]
+pub fn copy_block<T: bytemuck::Pod + Send + Sync>(
+    x: View<'_, T>,
+    from: [usize; 2],
+    sizes: [usize; 3],
+    y: ViewMut<'_, T>,
+    to: [usize; 2],
+) -> Result<()> {
+    match stream_of!(x, y) {
+        Some(stream) => {
+            on_cuda!(stream, (x, y) => cuda::copy_block(&stream, x, from, sizes, y, to))
+        }
+        None => on_host!((x, y) => colossal_kernels::copy_block(x, from, sizes, y, to)),
+    }
+    Ok(())
+}
+
+/// [`colossal_kernels::flash_attention`]
+pub fn flash_attention<T: Float>(
+    shape: &AttentionShape<'_>,
+    q: View<'_, T>,
+    k: View<'_, T>,
+    v: View<'_, T>,
+    out: ViewMut<'_, T>,
+    lse: ViewMut<'_, f32>,
+) -> Result<()> {
+    match stream_of!(q, k, v, out, lse) {
+        Some(stream) => on_cuda!(stream, (q, k, v, out, lse) => {
+            cuda::flash_attention(&stream, shape, q, k, v, out, lse)
+        }),
+        None => on_host!((q, k, v, out, lse) => {
+            colossal_kernels::flash_attention(shape, q, k, v, out, lse);
+        }),
+    }
+    Ok(())
+}
+
+/// [`colossal_kernels::flash_attention_backward`]
+pub fn flash_attention_backward<T: Float>(
+    shape: &AttentionShape<'_>,
+    q: View<'_, T>,
+    k: View<'_, T>,
+    v: View<'_, T>,
+    out: View<'_, T>,
+    lse: View<'_, f32>,
+    dout: View<'_, T>,
+    dq: ViewMut<'_, T>,
+    dk: ViewMut<'_, T>,
+    dv: ViewMut<'_, T>,
+) -> Result<()> {
+    match stream_of!(q, k, v, out, lse, dout, dq, dk, dv) {
+        Some(stream) => on_cuda!(stream, (q, k, v, out, lse, dout, dq, dk, dv) => {
+            cuda::flash_attention_backward(
+                &stream, shape, q, k, v, out, lse, dout, dq, dk, dv,
+            )
+        }),
+        None => on_host!((q, k, v, out, lse, dout, dq, dk, dv) => {
+            colossal_kernels::flash_attention_backward(
+                shape, q, k, v, out, lse, dout, dq, dk, dv,
+            );
+        }),
+    }
+    Ok(())
+}
+
+/// [`colossal_kernels::cast`]
+pub fn cast<A: Float, B: Float>(x: View<'_, A>, y: ViewMut<'_, B>) -> Result<()> {
+    match stream_of!(x, y) {
+        Some(stream) => on_cuda!(stream, (x, y) => cuda::cast(&stream, x, y)),
+        None => on_host!((x, y) => colossal_kernels::cast(x, y)),
+    }
+    Ok(())
+}
+
+/// [`colossal_kernels::sum`], into one element.
+pub fn sum<T: Float>(x: View<'_, T>, y: ViewMut<'_, f32>) -> Result<()> {
+    match stream_of!(x, y) {
+        Some(stream) => on_cuda!(stream, (x, y) => cuda::sum(&stream, x, y)),
+        None => on_host!((x, y) => y[0] = colossal_kernels::sum(x)),
+    }
+    Ok(())
+}
+
+/// [`colossal_kernels::fill`]
+pub fn fill<T: Float>(y: ViewMut<'_, T>, value: T) -> Result<()> {
+    match stream_of!(y) {
+        Some(stream) => on_cuda!(stream, (y) => cuda::fill(&stream, y, value)),
+        None => on_host!((y) => colossal_kernels::fill(y, value)),
+    }
+    Ok(())
+}
+
+/// [`colossal_kernels::fill_columns`]
+pub fn fill_columns<T: Float>(
+    y: ViewMut<'_, T>,
+    width: usize,
+    from: usize,
+    value: T,
+) -> Result<()> {
+    match stream_of!(y) {
+        Some(stream) => on_cuda!(stream, (y) => cuda::fill_columns(&stream, y, width, from, value)),
+        None => on_host!((y) => colossal_kernels::fill_columns(y, width, from, value)),
+    }
+    Ok(())
+}

@@ -1,0 +1,150 @@
+//! Products: of matrices, of ragged groups, with weights in int8.
+
+use colossal_kernels::cuda;
+use colossal_kernels::{Float, Int8Matrix};
+
+use super::operand::{Lend, Operand, on_cuda, on_host, stream_of};
+use crate::error::Result;
+use crate::view::{View, ViewMut};
+
+/// A strided matrix, as [`colossal_kernels::Mat`].
+#[derive(Debug, Clone, Copy)]
+pub struct Mat<'a, T> {
+    /// The elements.
+    pub data: View<'a, T>,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Distance between rows.
+    pub row_stride: usize,
+    /// Distance between columns.
+    pub col_stride: usize,
+}
+
+impl<'a, T> Mat<'a, T> {
+    /// A dense row-major matrix.
+    pub fn new(data: View<'a, T>, rows: usize, cols: usize) -> Mat<'a, T> {
+        Mat { data, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// Its transpose, without moving anything.
+    pub fn t(self) -> Mat<'a, T> {
+        let Mat { data, rows, cols, row_stride, col_stride } = self;
+        Mat { data, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
+    }
+}
+
+/// `c [rows, cols] = act(alpha * a b + bias)`, or `+=`: [`colossal_kernels::gemm`]. `c` is dense.
+pub fn gemm<T: Float, O: Float>(
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    c: ViewMut<'_, O>,
+    bias: Option<View<'_, T>>,
+    accumulate: bool,
+) -> Result<()> {
+    let (x, y) = (a.data, b.data);
+    let (rows, cols) = (a.rows, b.cols);
+    macro_rules! product {
+        ($module:ident, $x:ident, $y:ident, $c:ident, $bias:ident $(, $stream:expr)?) => {{
+            let [a, b] = [(a, $x), (b, $y)].map(|(m, data)| $module::Mat {
+                data,
+                rows: m.rows,
+                cols: m.cols,
+                row_stride: m.row_stride,
+                col_stride: m.col_stride,
+            });
+            let e = $module::Epilogue { bias: $bias, accumulate, ..Default::default() };
+            $module::gemm($($stream,)? a, b, $module::MatMut::new($c, rows, cols), &e)
+        }};
+    }
+    match stream_of!(x, y, c, bias) {
+        Some(stream) => {
+            on_cuda!(stream, (x, y, c, bias) => product!(cuda, x, y, c, bias, &stream))
+        }
+        None => on_host!((x, y, c, bias) => product!(colossal_kernels, x, y, c, bias)),
+    }
+    Ok(())
+}
+
+/// A matrix within an operand of [`gemm_grouped`]: where it begins, and how it lies.
+#[derive(Debug, Clone, Copy)]
+pub struct Part {
+    at: usize,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl Part {
+    /// A dense row-major matrix that begins at an element.
+    pub fn new(at: usize, rows: usize, cols: usize) -> Part {
+        Part { at, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// Its transpose, without moving anything.
+    pub fn t(self) -> Part {
+        let Part { at, rows, cols, row_stride, col_stride } = self;
+        Part { at, rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride }
+    }
+}
+
+/// [`colossal_kernels::gemm_grouped`], products of parts `(a, b, where the result begins)` of `x`
+/// and `w`.
+pub fn gemm_grouped<T: Float, O: Float>(
+    x: View<'_, T>,
+    w: View<'_, T>,
+    parts: &[(Part, Part, usize)],
+    y: ViewMut<'_, O>,
+    accumulate: bool,
+) -> Result<()> {
+    macro_rules! products {
+        ($module:ident, $x:ident, $w:ident, |$data:ident: $ty:ty, $from:ident| $tail:expr) => {{
+            let product = |(a, b, at): &(Part, Part, usize)| {
+                let [a, b] = [($x, a), ($w, b)].map(|($data, p): ($ty, &Part)| {
+                    let $from = p.at;
+                    $module::Mat {
+                        data: $tail,
+                        rows: p.rows,
+                        cols: p.cols,
+                        row_stride: p.row_stride,
+                        col_stride: p.col_stride,
+                    }
+                });
+                $module::Product { a, b, at: *at }
+            };
+            parts.iter().map(product).collect::<Vec<_>>()
+        }};
+    }
+    match stream_of!(x, w, y) {
+        Some(stream) => on_cuda!(stream, (x, w, y) => {
+            let e = cuda::Epilogue { accumulate, ..Default::default() };
+            let list = products!(cuda, x, w, |data: cuda::Slice<'_, T>, from| data.range(from..data.len()));
+            cuda::gemm_grouped(&stream, &list, y, &e)
+        }),
+        None => on_host!((x, w, y) => {
+            let e = colossal_kernels::Epilogue { accumulate, ..Default::default() };
+            let list = products!(colossal_kernels, x, w, |data: &[T], from| &data[from..]);
+            colossal_kernels::gemm_grouped(&list, y, &e);
+        }),
+    }
+    Ok(())
+}
+
+/// [`colossal_kernels::gemm_int8`]
+pub fn gemm_int8<T: Float>(
+    x: View<'_, T>,
+    m: usize,
+    w: &Int8Matrix,
+    bias: Option<View<'_, T>>,
+    y: ViewMut<'_, T>,
+) -> Result<()> {
+    match stream_of!(x, y, bias) {
+        Some(stream) => {
+            on_cuda!(stream, (x, bias, y) => cuda::gemm_int8(&stream, x, m, w, bias, y))
+        }
+        None => on_host!((x, bias, y) => colossal_kernels::gemm_int8(x, m, w, bias, y)),
+    }
+    Ok(())
+}
