@@ -34,10 +34,10 @@ impl Header {
         Header { sequence, code, len, ragged, leaving: 0, line: call.site.line(), file }
     }
 
-    /// No call any more, and why.
+    /// No call any more from `sequence` on, and why.
     #[cfg_attr(not(feature = "mpi"), allow(dead_code))]
-    pub(crate) fn leaving(why: u32) -> Header {
-        Header { leaving: why, ..Zeroable::zeroed() }
+    pub(crate) fn leaving(why: u32, sequence: u64) -> Header {
+        Header { leaving: why, sequence, ..Zeroable::zeroed() }
     }
 
     /// Are both the same call?

@@ -8,10 +8,12 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use bytemuck::Zeroable;
 use mpi::ffi;
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::error::{Error, Result};
+use crate::header::{HEADER, Header};
 
 static LOCK: Mutex<()> = Mutex::new(());
 
@@ -341,6 +343,27 @@ impl Comm {
         let (len, from) = (count(bytes)?, count(from)?);
         // SAFETY: the caller's contract.
         unsafe { start!(MPI_Irecv, to.cast(), len, datatype(1), from, tag, self.raw) }
+    }
+
+    /// A word that has come with this tag, and from whom.
+    pub(super) fn take_word(&self, _: &Calls, tag: i32) -> Result<Option<(usize, Header)>> {
+        let (mut flag, mut header) = (0, Header::zeroed());
+        // SAFETY: valid pointers, for as many bytes; what was seen by the probe is received by the
+        // next call, for nobody else receives (the lock).
+        unsafe {
+            let mut status: ffi::MPI_Status = std::mem::zeroed();
+            let any = ffi::RSMPI_ANY_SOURCE;
+            let code = ffi::MPI_Iprobe(any, tag, self.raw, &raw mut flag, &raw mut status);
+            check("MPI_Iprobe", code)?;
+            if flag == 0 {
+                return Ok(None);
+            }
+            let (from, ignore) = (status.MPI_SOURCE, ffi::RSMPI_STATUS_IGNORE);
+            let (to, t) = ((&raw mut header).cast(), datatype(1));
+            let code = ffi::MPI_Recv(to, HEADER as c_int, t, from, tag, self.raw, ignore);
+            check("MPI_Recv", code)?;
+            Ok(Some((from as usize, header)))
+        }
     }
 
     pub(super) unsafe fn broadcast(

@@ -3,56 +3,81 @@
 //! A packet is a call's signature and, if it is small, its payload. So a rank that is late or gone
 //! is known by name, a mismatch is the same error on every rank, and a small collective is over
 //! after one message each way. Packets are buffers of ours: a time-out leaves them to MPI and takes
-//! nothing from the caller.
+//! nothing from the caller. Groups of more ranks than are met directly agree in rounds
+//! (`agreement.rs`).
 
+use std::sync::LazyLock;
+
+use super::agreement::FOUND;
 use super::ffi::{self, Request, poll, test_all};
-use super::{Mpi, PACKETS};
+use super::{Mpi, PACKETS, ROLL};
 use crate::call::Call;
 use crate::error::{Error, Result};
 use crate::header::{HEADER, Header};
 
-/// Payloads up to this many bytes travel inside the packet, in groups of up to [`FEW`] ranks.
+/// Payloads up to this many bytes travel inside the packet.
 const INLINE: usize = 1024;
-const FEW: usize = 16;
+
+/// Ranks of the largest group in which each tells each other; `COLOSSAL_MPI_DIRECT` says otherwise.
+static FEW: LazyLock<usize> = LazyLock::new(|| {
+    std::env::var("COLOSSAL_MPI_DIRECT").ok().and_then(|n| n.parse().ok()).unwrap_or(16)
+});
 
 /// Why a rank will call nothing any more.
 pub(super) const LEFT: u32 = 1;
 pub(super) const PANICKED: u32 = 2;
-const FAILED: u32 = 3;
+pub(super) const FAILED: u32 = 3;
 
 /// What a rank needs for its collectives. Locked during one.
 #[derive(Debug)]
 pub(super) struct Turn {
     pub(super) sequence: u64,
+    /// Does each rank tell each other?
+    is_direct: bool,
     /// Words of a packet.
-    words: usize,
-    /// This rank's packet, and one of each rank. 8-byte aligned; kept by MPI after a time-out.
-    mine: Vec<u64>,
-    theirs: Vec<u64>,
+    size: usize,
+    /// This rank's packet, and one of each rank; or those of each round. 8-byte aligned; kept by
+    /// MPI after a time-out.
+    pub(super) mine: Vec<u64>,
+    pub(super) theirs: Vec<u64>,
     /// Of each rank, none of this one and of those that have come.
     coming: Vec<Option<Request>>,
     going: Vec<Request>,
+    /// What ranks said out of turn that concerns no call yet: who, and in which call it is.
+    pub(super) words: Vec<(usize, Header)>,
     /// Parts that are to be reduced: memory that is touched once and not in every call.
     pub(super) parts: Vec<u64>,
 }
 
 impl Turn {
     pub(super) fn new(ranks: usize) -> Turn {
-        let words = (HEADER + if ranks <= FEW { INLINE } else { 0 }) / 8;
+        let is_direct = ranks <= *FEW;
+        let rounds = ranks.next_power_of_two().ilog2() as usize;
+        let (size, mine, theirs) = match is_direct {
+            true => ((HEADER + INLINE) / 8, 1, ranks),
+            false => (FOUND, rounds, rounds),
+        };
         Turn {
             sequence: 0,
-            words,
-            mine: vec![0; words],
-            theirs: vec![0; words * ranks],
-            coming: Vec::with_capacity(ranks),
-            going: Vec::with_capacity(ranks),
+            is_direct,
+            size,
+            mine: vec![0; size * mine],
+            theirs: vec![0; size * theirs],
+            coming: Vec::with_capacity(if is_direct { ranks } else { 0 }),
+            going: Vec::with_capacity(if is_direct { ranks } else { 0 }),
+            words: vec![],
             parts: vec![],
         }
     }
 
+    /// Is there a word of a rank that will not come to this call, or waits in it?
+    pub(super) fn concerns(&self, sequence: u64) -> bool {
+        self.words.iter().any(|(_, word)| word.sequence <= sequence)
+    }
+
     /// Does a payload of `bytes` bytes travel in the packet?
     pub(super) fn holds(&self, bytes: usize) -> bool {
-        HEADER + bytes <= 8 * self.words
+        self.is_direct && HEADER + bytes <= 8 * self.size
     }
 
     /// Where the payload lies in a rank's packet; `me` has its own elsewhere.
@@ -61,7 +86,7 @@ impl Turn {
     }
 
     fn packet(&self, rank: usize, me: usize) -> &[u64] {
-        if rank == me { &self.mine } else { &self.theirs[rank * self.words..] }
+        if rank == me { &self.mine } else { &self.theirs[rank * self.size..] }
     }
 
     fn header(&self, rank: usize, me: usize) -> &Header {
@@ -69,7 +94,7 @@ impl Turn {
     }
 
     /// MPI may still read or write the packets: they are left to it.
-    fn abandon(&mut self) {
+    pub(super) fn abandon(&mut self) {
         std::mem::forget(std::mem::take(&mut self.mine));
         std::mem::forget(std::mem::take(&mut self.theirs));
         std::mem::forget(std::mem::take(&mut self.coming));
@@ -94,7 +119,10 @@ impl Mpi {
         sequence: u64,
         (payload, bytes): (*const u8, usize),
     ) -> Result<()> {
-        let (me, n, words) = (self.comm.rank, self.comm.size, turn.words);
+        if !turn.is_direct {
+            return self.agree(turn, call, sequence);
+        }
+        let (me, n, size) = (self.comm.rank, self.comm.size, turn.size);
         let packet: &mut [u8] = bytemuck::cast_slice_mut(&mut turn.mine);
         packet[..HEADER].copy_from_slice(bytemuck::bytes_of(&Header::new(call, sequence)));
         if bytes > 0 {
@@ -110,9 +138,9 @@ impl Mpi {
                 turn.coming.push(None);
                 continue;
             }
-            let to = turn.theirs[peer * words..].as_mut_ptr().cast();
+            let to = turn.theirs[peer * size..].as_mut_ptr().cast();
             // SAFETY: the buffer is ours, and left to MPI for ever if we give up.
-            let request = unsafe { self.comm.recv(&calls, to, 8 * words, peer, PACKETS)? };
+            let request = unsafe { self.comm.recv(&calls, to, 8 * size, peer, PACKETS)? };
             turn.coming.push(Some(request));
         }
         for peer in (0..n).filter(|r| *r != me) {
@@ -164,7 +192,7 @@ impl Mpi {
         let error = self.quarrel(turn, call, sequence, gone);
         if !error.is_mismatch() {
             // Who comes later learns it at once.
-            self.goodbye(FAILED);
+            self.goodbye(FAILED, sequence);
         }
         turn.abandon();
         self.fail(error)
@@ -222,15 +250,20 @@ impl Mpi {
         }
     }
 
-    /// Tells all ranks that this one will call nothing any more.
-    pub(super) fn goodbye(&self, why: u32) {
-        let header = Header::leaving(why);
-        let packet = bytemuck::bytes_of(&header).to_vec();
+    /// Tells all ranks that this one, in call `sequence` or about to make it, makes none any more.
+    pub(super) fn goodbye(&self, why: u32, sequence: u64) {
+        self.say(Header::leaving(why, sequence));
+    }
+
+    /// A word to all ranks.
+    pub(super) fn say(&self, word: Header) {
+        let tag = if self.comm.size <= *FEW { PACKETS } else { ROLL };
+        let packet = bytemuck::bytes_of(&word).to_vec();
         let calls = ffi::calls();
         for peer in (0..self.comm.size).filter(|r| *r != self.comm.rank) {
             // SAFETY: the packet is ours and left to MPI below.
             let request =
-                unsafe { self.comm.send(&calls, packet.as_ptr(), HEADER, peer, PACKETS, false) };
+                unsafe { self.comm.send(&calls, packet.as_ptr(), HEADER, peer, tag, false) };
             // Small packets leave at once; who has left already receives none.
             if let Ok(mut request) = request {
                 let _ = request.test(&calls);

@@ -1,9 +1,10 @@
 //! Ranks as processes over the system's MPI: the engine for clusters of CPUs.
 //!
-//! Every collective begins with a handshake, in which small payloads travel (`handshake.rs`); large
-//! ones follow in place (`transfer.rs`). MPI moves bytes only: reductions are ours, in rank order,
+//! Every collective begins with a handshake, in which small payloads travel (`handshake.rs`; of
+//! large groups in rounds, `agreement.rs`); large ones follow in place (`transfer.rs`). MPI moves bytes only: reductions are ours, in rank order,
 //! so they have the same bits as on the threads engine, for every type.
 
+mod agreement;
 mod ffi;
 mod handshake;
 mod messages;
@@ -30,6 +31,7 @@ use messages::Messages;
 /// Tags.
 const PACKETS: i32 = 1;
 const SHIFTS: i32 = 2;
+const ROLL: i32 = 3;
 /// Messages use the tags from here on, two each.
 const MESSAGES: i32 = 16;
 
@@ -165,13 +167,14 @@ impl Engine for Mpi {
 
     fn leave(&self) {
         self.abandon_messages();
-        if self.has_failed.load(Acquire) || self.turn.lock().is_abandoned() {
+        let turn = self.turn.lock();
+        if self.has_failed.load(Acquire) || turn.is_abandoned() {
             return;
         }
         let panics = std::thread::panicking();
         if panics {
             ffi::give_up();
         }
-        self.goodbye(if panics { PANICKED } else { LEFT });
+        self.goodbye(if panics { PANICKED } else { LEFT }, turn.sequence);
     }
 }
