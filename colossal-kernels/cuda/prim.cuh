@@ -60,6 +60,34 @@ template <class E> INLINE u32 pair(float a, float b, E) {
 #endif
 template <class E> INLINE E as(float x) { E y; narrow(x, y); return y; }
 
+// ---- Numbers of 8 bits: e4m3 (largest 448, no infinity) or e5m2 (largest 57344).
+
+INLINE float widen8(u8 x, bool e5m2) {
+  // Shifted into the place of an f16: an e4m3 is then 2^-8 of its value, subnormals too.
+  const u32 size = x & 0x7f, bits = e5m2 ? size << 8 : size << 7;
+  f16 h = {(u16)((x & 0x80) << 8 | bits)};
+  const float y = widen(h);
+  return e5m2 ? y : size == 0x7f ? __uint_as_float(0x7fc00000u) : y * 256.0f;
+}
+/// Rounded to nearest even; beyond the largest, the largest.
+INLINE u8 narrow8(float x, bool e5m2) {
+#if !defined(CUEMU) && __CUDA_ARCH__ >= 890
+  u16 y;
+  if (e5m2) asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(y) : "f"(0.0f), "f"(x));
+  else asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(0.0f), "f"(x));
+  return (u8)y;
+#else
+  if (x != x) return 0x7f;
+  const u32 sign = __float_as_uint(x) >> 24 & 0x80, digits = e5m2 ? 2 : 3, bias = e5m2 ? 15 : 7;
+  const float size = fminf(fabsf(x), e5m2 ? 57344.0f : 448.0f);
+  // Below the least normal number, steps of the least number: they lead on to it.
+  const float step = __uint_as_float((127 + bias - 1 + digits) << 23);
+  if (size * step < (float)(1u << digits)) return sign | (u32)rintf(size * step);
+  const u32 bits = __float_as_uint(size), drop = 23 - digits;
+  return sign | (((bits + (1u << (drop - 1)) - 1 + (bits >> drop & 1)) >> drop) - ((127 - bias) << digits));
+#endif
+}
+
 // ---- Vectors: memory is read and written 16 bytes a thread.
 
 template <class E, int K> struct __align__(sizeof(E) * K < 16 ? sizeof(E) * K : 16) Vec { E v[K]; };

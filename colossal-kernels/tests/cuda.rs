@@ -13,6 +13,8 @@ mod check;
 mod elementwise;
 #[path = "cuda/faults.rs"]
 mod faults;
+#[path = "cuda/fp8.rs"]
+mod fp8;
 #[path = "cuda/gemm.rs"]
 mod gemm;
 #[path = "cuda/int8.rs"]

@@ -10,7 +10,7 @@
 namespace {
 
 enum Status { SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
-enum Type { R_32F = 0, R_16F = 2, R_16BF = 14 };
+enum Type { R_32F = 0, R_16F = 2, R_16BF = 14, R_8F_E4M3 = 28, R_8F_E5M2 = 29 };
 
 struct Layout {
   int type;
@@ -24,6 +24,8 @@ struct Description {
   int32_t transposed_a = 0, transposed_b = 0;
   uint32_t epilogue = 1;
   const void* bias = nullptr;
+  const float* scale_a = nullptr;
+  const float* scale_b = nullptr;
 };
 
 struct Algorithm {
@@ -52,10 +54,23 @@ uint32_t float_to_bits(float x) {
   return bits;
 }
 
+bool eight_bits(int type) { return type == R_8F_E4M3 || type == R_8F_E5M2; }
+
+// By the meaning of the fields: sign, exponent, digits.
+float eight(int type, uint8_t x) {
+  const int digits = type == R_8F_E4M3 ? 3 : 2, bias = type == R_8F_E4M3 ? 7 : 15;
+  const int exponent = (x & 0x7F) >> digits, rest = x & ((1 << digits) - 1);
+  const float size = exponent ? ldexpf(float(rest + (1 << digits)), exponent - bias - digits)
+                              : ldexpf(float(rest), 1 - bias - digits);
+  return x & 0x80 ? -size : size;
+}
+
 float load(int type, const void* at, size_t i) {
   switch (type) {
     case R_16BF: return bits_to_float(uint32_t(static_cast<const uint16_t*>(at)[i]) << 16);
     case R_16F: return static_cast<const _Float16*>(at)[i];
+    case R_8F_E4M3:
+    case R_8F_E5M2: return eight(type, static_cast<const uint8_t*>(at)[i]);
     default: return static_cast<const float*>(at)[i];
   }
 }
@@ -73,7 +88,7 @@ void store(int type, void* at, size_t i, float x) {
   }
 }
 
-size_t size_of(int type) { return type == R_32F ? 4 : 2; }
+size_t size_of(int type) { return type == R_32F ? 4 : eight_bits(type) ? 1 : 2; }
 
 // Do the descriptors make a product?
 bool fits(const Description& d, const Layout& a, const Layout& b, const Layout& c) {
@@ -82,6 +97,14 @@ bool fits(const Description& d, const Layout& a, const Layout& b, const Layout& 
   uint64_t m = d.transposed_a ? a.cols : a.rows, k = d.transposed_a ? a.rows : a.cols;
   uint64_t n = d.transposed_b ? b.rows : b.cols, depth = d.transposed_b ? b.cols : b.rows;
   bool types = a.type == b.type && (c.type == a.type || c.type == R_32F);
+  // As the library: fp8 along the depth, in multiples of 16, not both e5m2, with scales.
+  if (eight_bits(a.type) || eight_bits(b.type)) {
+    bool sixteens = m % 16 == 0 && n % 16 == 0 && k % 16 == 0 && a.ld % 16 == 0 && b.ld % 16 == 0;
+    types = eight_bits(a.type) && eight_bits(b.type) && !eight_bits(c.type) && sixteens && d.transposed_a &&
+            !d.transposed_b && (a.type == R_8F_E4M3 || b.type == R_8F_E4M3) && d.scale_a && d.scale_b;
+  } else if (d.scale_a || d.scale_b) {
+    return false;
+  }
   return m == c.rows && n == c.cols && k == depth && types && a.batch == c.batch && b.batch == c.batch;
 }
 
@@ -133,6 +156,8 @@ API cublasLtMatmulDescSetAttribute(Description* d, int which, const void* value,
   else if (which == 4 && bytes == 4) memcpy(&d->transposed_b, value, 4);
   else if (which == 7 && bytes == 4) memcpy(&d->epilogue, value, 4);
   else if (which == 8 && bytes == 8) memcpy(&d->bias, value, 8);
+  else if (which == 17 && bytes == 8) memcpy(&d->scale_a, value, 8);
+  else if (which == 18 && bytes == 8) memcpy(&d->scale_b, value, 8);
   else return INVALID_VALUE;
   return SUCCESS;
 }
@@ -153,6 +178,7 @@ API cublasLtMatmulPreferenceSetAttribute(void*, int, const void*, size_t) { retu
 API cublasLtMatmulAlgoGetHeuristic(void*, Description* d, Layout* a, Layout* b, Layout* c, Layout*, void*,
                                    int room, Heuristic* results, int* count) {
   *count = 0;
+  if (a->type == R_8F_E5M2 && b->type == R_8F_E5M2) return NOT_SUPPORTED;
   if (!fits(*d, *a, *b, *c)) return INVALID_VALUE;
   // As the library: a bias has the type of the result.
   if (c->rows == 0 || c->cols == 0) return NOT_SUPPORTED;
@@ -184,7 +210,7 @@ API cublasLtMatmul(void*, Description* d, const float* alpha, const void* pa, La
           size_t at_b = d->transposed_b ? j + k * b->ld : k + j * b->ld;
           sum += load(a->type, x, at_a) * load(b->type, y, at_b);
         }
-        sum *= *alpha;
+        sum *= *alpha * (d->scale_a ? *d->scale_a * *d->scale_b : 1);
         if (*beta != 0) sum += *beta * load(c->type, old, i + j * c->ld);
         if (d->epilogue == 4) sum += load(c->type, d->bias, i);
         store(c->type, out, i + j * c->ld, sum);

@@ -2,7 +2,7 @@
 // once, kernels that g++ compiled (see nvrtc.cpp, cuemu.h). What a driver would refuse is refused:
 // copies and frees beyond an allocation, handles that are not alive, grids that are too large.
 //
-// STAND_IN_DEVICES     how many devices there are (4)
+// STAND_IN_DEVICES     how many devices there are (5, of which the fifth is of the architecture sm_90)
 // STAND_IN_MEMORY      bytes of each (4 GiB)
 // STAND_IN_ORDER       order of threads: 0 ascending, 1 descending, else the seed of a shuffle
 // STAND_IN_LOSE_AFTER  the device is lost at this launch, counted over all
@@ -57,7 +57,7 @@ size_t number(const char* name, size_t otherwise) {
   const char* value = getenv(name);
   return value && *value ? strtoull(value, nullptr, 10) : otherwise;
 }
-int device_count() { return int(number("STAND_IN_DEVICES", 4)); }
+int device_count() { return int(number("STAND_IN_DEVICES", 5)); }
 size_t memory() { return number("STAND_IN_MEMORY", size_t(4) << 30); }
 
 int say(int code, const char* format, ...) {
@@ -194,13 +194,13 @@ API cuDeviceGet(int* device, int ordinal) {
 API cuDeviceGetName(char* name, int room, int device) { snprintf(name, room, "stand-in %d", device); return SUCCESS; }
 API cuDeviceGetUuid_v2(char* uuid, int device) { memset(uuid, device, 16); return SUCCESS; }
 API cuDeviceTotalMem_v2(size_t* bytes, int) { *bytes = memory(); return SUCCESS; }
-API cuDeviceGetAttribute(int* value, int attribute, int) {
+API cuDeviceGetAttribute(int* value, int attribute, int device) {
   switch (attribute) {
     case 1: *value = 1024; break;          // threads of a block
     case 8: *value = 48 << 10; break;      // shared memory of a block
     case 10: *value = 32; break;           // threads of a warp
     case 16: *value = 4; break;            // multiprocessors
-    case 75: *value = 8; break;            // compute capability
+    case 75: *value = device == 4 ? 9 : 8; break;            // compute capability
     case 76: *value = 0; break;
     case 81: case 97: *value = 227 << 10; break;
     case 115: *value = 1; break;           // memory pools

@@ -48,7 +48,10 @@ pub(super) struct Product {
     pub(super) alpha: f32,
     pub(super) accumulate: bool,
     pub(super) bias: Option<u64>,
-    pub(super) input: &'static str,
+    /// Of `a` and `b`: scales of fp8, on the device.
+    pub(super) scales: Option<[u64; 2]>,
+    /// Of `a` and `b`.
+    pub(super) inputs: [&'static str; 2],
     pub(super) output: &'static str,
     /// How many, and how many elements lie from one to the next of `a`, `b` and `c`.
     pub(super) batch: usize,
@@ -240,7 +243,7 @@ impl Product {
             side(&self.a),
             side(&self.b),
             self.c_stride,
-            self.input,
+            self.inputs.join("*"),
             self.output,
             if self.accumulate { "+" } else { "=" },
             if self.bias.is_some() { "b" } else { "" },
@@ -271,13 +274,17 @@ impl Call {
             call.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
             call.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
+        if let Some([a, b]) = p.scales {
+            call.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &b)?;
+            call.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &a)?;
+        }
         // What lies there in rows of `stride` is a column-major matrix of as many rows.
         let stored = |s: &Side, rows, cols| if s.transposed { (rows, cols) } else { (cols, rows) };
         let ((b_rows, b_cols), (a_rows, a_cols)) = (stored(&p.b, k, n), stored(&p.a, m, k));
-        let (input, output) = (data_type(p.input), data_type(p.output));
+        let ([a, b], output) = (p.inputs.map(data_type), data_type(p.output));
         for (i, (ty, rows, cols, stride)) in [
-            (input, b_rows, b_cols, p.b.stride),
-            (input, a_rows, a_cols, p.a.stride),
+            (b, b_rows, b_cols, p.b.stride),
+            (a, a_rows, a_cols, p.a.stride),
             (output, n, m, p.c_stride),
         ]
         .into_iter()
@@ -333,6 +340,8 @@ fn data_type(name: &str) -> sys::cudaDataType_t {
     match name {
         "bf16" => sys::cudaDataType_t::CUDA_R_16BF,
         "f16" => sys::cudaDataType_t::CUDA_R_16F,
+        "e4m3" => sys::cudaDataType_t::CUDA_R_8F_E4M3,
+        "e5m2" => sys::cudaDataType_t::CUDA_R_8F_E5M2,
         _ => sys::cudaDataType_t::CUDA_R_32F,
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     Source, activation, attention, blocks, cast, cross_entropy, decode, elementwise, embedding,
-    factored, gemm, int8, layerwise, norm, optimizer, ranks, reduce, rope, rows, softmax,
+    factored, fp8, gemm, int8, layerwise, norm, optimizer, ranks, reduce, rope, rows, softmax,
 };
 
 /// A file of kernels, and what it is compiled under.
@@ -31,6 +31,7 @@ pub fn catalog() -> Vec<Build> {
         &blocks::BLOCKS,
         &optimizer::OPTIMIZER,
         &int8::INT8,
+        &fp8::FP8,
     ];
     let mut builds = vec![];
     for source in of_each_type {

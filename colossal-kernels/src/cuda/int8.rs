@@ -5,10 +5,10 @@ use super::{Block, Device, Grid, Result, Slice, SliceMut, Source, Stream, args, 
 use crate::Int8Matrix;
 use crate::float::Float;
 
-pub(super) static INT8: Source = source!("int8");
+pub(super) static INT8: Source = source!("int8", "bytes");
 
-/// Rows are padded to a multiple of this: `DEPTH` of the kernels.
-const DEPTH: usize = 64;
+/// Rows are padded to a multiple of this.
+const WIDTH: usize = 16;
 /// Up to so many rows weights are read, not multiplied on tensor cores: two chunks of `FEW`.
 const FEW: usize = 16;
 
@@ -22,7 +22,7 @@ pub(crate) struct There {
 impl There {
     /// Copies the matrix.
     fn new(stream: &Stream, w: &Int8Matrix) -> Result<There> {
-        let (n, pitch) = (w.rows(), w.cols().next_multiple_of(DEPTH));
+        let (n, pitch) = (w.rows(), w.cols().next_multiple_of(WIDTH));
         let mut block = Block::new(stream.device(), n * (pitch + 4))?;
         let mut rows = vec![0i8; n * pitch];
         for (i, row) in rows.chunks_mut(pitch.max(1)).enumerate() {
@@ -42,17 +42,36 @@ impl There {
     }
 }
 
+/// `Sides` of the kernels: operands `[m, k]` and `[n, k]` of one byte an element.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(super) struct Sides {
+    data: [u64; 2],
+    sizes: [u32; 3],
+    padding: u32,
+}
+
+impl Sides {
+    /// At these addresses; `m`, `n`, and bytes from row to row.
+    pub(super) fn new(data: [u64; 2], sizes: [usize; 3]) -> Sides {
+        Sides { data, sizes: sizes.map(|s| s as u32), padding: 0 }
+    }
+
+    /// A block a tile.
+    pub(super) fn grid(&self) -> Grid {
+        let [m, n, _] = self.sizes;
+        Grid { blocks: [n.div_ceil(64), m.div_ceil(64), 1], threads: [128, 1, 1], shared: 0 }
+    }
+}
+
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 struct Operands {
-    x: u64,
+    sides: Sides,
     x_scales: u64,
-    w: u64,
     w_scales: u64,
     bias: u64,
     y: u64,
-    sizes: [u32; 3],
-    padding: u32,
 }
 
 /// `y [m, n] = x [m, k] wᵀ + bias`: the twin of [`gemm_int8`](crate::gemm_int8). The matrix is copied to
@@ -88,21 +107,17 @@ pub fn gemm_int8<T: Float>(
         )?;
         let w = there.block.slice::<u8>(0..n * pitch).address();
         let operands = Operands {
-            x: rows,
+            sides: Sides::new([rows, w], [m, n, pitch]),
             x_scales: scales,
-            w,
             w_scales: w + (n * pitch) as u64,
             bias: bias.map_or(0, |b| b.address()),
             y: y.address(),
-            sizes: [m, n, pitch].map(|s| s as u32),
-            padding: 0,
         };
-        let (name, blocks) = match m <= FEW {
-            true => ("int8_few", [n.div_ceil(8), m.div_ceil(8)]),
-            false => ("int8_many", [n.div_ceil(64), m.div_ceil(64)]),
+        let few = [n.div_ceil(8) as u32, m.div_ceil(8) as u32, 1];
+        let (name, grid) = match m <= FEW {
+            true => ("int8_few", Grid { blocks: few, ..operands.sides.grid() }),
+            false => ("int8_many", operands.sides.grid()),
         };
-        let blocks = [blocks[0] as u32, blocks[1] as u32, 1];
-        let grid = Grid { blocks, threads: [128, 1, 1], shared: 0 };
         stream.function(&INT8, &types, name)?.launch(grid, args![Plain(operands)])
     })
 }

@@ -35,6 +35,7 @@ mod elementwise;
 mod embedding;
 mod error;
 mod factored;
+mod fp8;
 mod gemm;
 mod int8;
 mod launch;
@@ -66,6 +67,7 @@ pub use elementwise::{add, add_assign, add_bias, add_into, axpy, fill, mul, scal
 pub use embedding::{embedding, embedding_backward};
 pub use error::{Error, Result};
 pub use factored::{adafactor, came};
+pub use fp8::{Fp8Mat, dequantize_fp8, gemm_fp8, quantize_fp8};
 pub use gemm::{Epilogue, Mat, MatMut, Product, gemm, gemm_batched, gemm_grouped};
 pub(crate) use int8::There;
 pub use int8::gemm_int8;

@@ -17,6 +17,13 @@ pub(crate) fn stream() -> Option<Stream> {
     }
 }
 
+/// A stream of the first device with Hopper's instructions, if there is one.
+pub(crate) fn hopper() -> Option<Stream> {
+    let all = stream().and_then(|_| devices().ok())?;
+    let found = all.iter().find(|d| d.capability().0 == 9)?;
+    Some(Stream::on(found).expect("a stream"))
+}
+
 /// Runs a test of each float type.
 macro_rules! each_type {
     ($($name:ident)*) => { $(
