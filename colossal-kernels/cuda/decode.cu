@@ -14,17 +14,29 @@ constexpr int EACH = (D / K + LANES - 1) / LANES;
 constexpr int ROWS = 4, FLIGHT = EACH > 1 ? 2 : 4, WARPS = 4;
 constexpr int GROUPS = 32 / LANES;
 
+/// Where keys are, if a cache is cut into pages of 1 << shift keys [page, kv_heads, head_dim]: page `i` of
+/// a sequence is table[sequence * row + i] of `count`.
+struct Pages { const int* table; u32 row, shift, count; };
+constexpr u64 NOWHERE = ~0ull;
+
+/// The place of a key of a sequence, as a number of keys; NOWHERE if its page is none.
+INLINE u64 place_of(const Pages& p, u32 batch, int key) {
+  if (!p.table) return key;
+  const int page = p.table[batch * (u64)p.row + (key >> p.shift)];
+  return (u32)page < p.count ? ((u64)page << p.shift) + (key & ((1 << p.shift) - 1)) : NOWHERE;
+}
+
 // Grid: splits of `span` keys, key heads times chunks of rows, sequences. A row is a query of one of
 // the heads that share the key head. shares [batch, heads, q_len, splits, D + 2]: sums, then the
 // maximum and the sum of exponentials, base 2.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     decode(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, float* __restrict__ shares,
-           u32 span, const Shape s) {
+           u32 span, const Shape s, const Pages pages) {
   __shared__ float part[WARPS][ROWS][D + 2];
   const u32 group = s.heads / s.kv_heads, rows = group * s.q_len, chunks = (rows + ROWS - 1) / ROWS;
   const u32 kv_head = blockIdx.y / chunks, row0 = blockIdx.y % chunks * ROWS, batch = blockIdx.z;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, own = lane % LANES, set = lane / LANES;
-  const u64 kv_row = (u64)s.kv_heads * s.head_dim, kv_at = batch * s.kv_stride + kv_head * s.head_dim;
+  const u64 kv_row = (u64)s.kv_heads * s.head_dim, kv_at = (pages.table ? 0 : batch * s.kv_stride) + kv_head * s.head_dim;
   k += kv_at, v += kv_at;
   const bool vectors = whole_vectors(s) && aligned(q, k, v);
   const int split_from = blockIdx.x * span, split_to = split_from + span;
@@ -70,12 +82,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
   for (int at = from + (warp * GROUPS + set) * FLIGHT; at - (warp * GROUPS + set) * FLIGHT < to; at += WARPS * GROUPS * FLIGHT) {
     Floats<K> keys[FLIGHT][EACH], values[FLIGHT][EACH];
+    u64 key_at[FLIGHT];
+#pragma unroll
+    for (int f = 0; f < FLIGHT; ++f) key_at[f] = at + f < to ? place_of(pages, batch, at + f) : 0;
 #pragma unroll
     for (int f = 0; f < FLIGHT; ++f)
 #pragma unroll
       for (int e = 0; e < EACH; ++e) {
-        const u32 there = at + f < to ? width[e] : 0;
-        const u64 place = (u64)(at + f) * kv_row + (own + e * LANES) * K;
+        const u32 there = at + f < to && key_at[f] != NOWHERE ? width[e] : 0;
+        const u64 place = key_at[f] * kv_row + (own + e * LANES) * K;
         keys[f][e] = load_part<K>(k + place, there, vectors && there == K);
         values[f][e] = load_part<K>(v + place, there, vectors && there == K);
       }
@@ -94,6 +109,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         for (int o = LANES / 2; o; o >>= 1) x += __shfl_xor_sync(ALL, x, o);
         const int key = at + f;
         const bool sees = key >= seen[r].from && key < seen[r].to && key < to;
+        // A page that does not exist must not pass for one of zeros.
+        if (key_at[f] == NOWHERE) x = __uint_as_float(0x7fc00000u);
         score[f] = sees ? x + (bias[r] ? bias[r][key] * LOG2E : 0.0f) : -INFINITE;
         high = fmaxf(high, score[f]);
       }

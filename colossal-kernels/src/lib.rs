@@ -36,6 +36,7 @@ pub use activation::{
 };
 pub use adamw::AdamW;
 pub use attention::{AttentionBias, AttentionShape, flash_attention, flash_attention_backward};
+pub use attention::{PagedShape, paged_attention};
 pub use blocks::{copy_block, dropout, fill_columns, random_bits, scatter_rows, sum_groups};
 pub use cast::cast;
 pub use cross_entropy::{ELSEWHERE, cross_entropy, cross_entropy_backward, logits_stats};

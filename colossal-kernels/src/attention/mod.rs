@@ -10,6 +10,7 @@
 mod backward;
 mod decode;
 mod forward;
+mod paged;
 
 use crate::float::Float;
 use crate::gemm::Mat;
@@ -20,6 +21,7 @@ use crate::profile::Work;
 
 pub use backward::flash_attention_backward;
 pub use forward::flash_attention;
+pub use paged::{PagedShape, paged_attention};
 
 /// Sizes and mask of an attention call.
 #[derive(Debug, Clone, Copy)]

@@ -45,6 +45,13 @@ unsafe impl Arg for Shape {
     }
 }
 
+/// Where the numbers of real keys are.
+pub(super) enum Lengths<'a> {
+    /// In the shape, to be copied.
+    OfShape,
+    There(Slice<'a, i32>),
+}
+
 /// The kernels for one size of a head, and a call's shape.
 pub(super) struct Call<'a> {
     pub(super) stream: &'a Stream,
@@ -58,9 +65,10 @@ pub(super) struct Call<'a> {
 
 impl<'a> Call<'a> {
     /// Lends `f` the call, with lengths and bias on the device.
-    fn with<T: Float>(
+    pub(super) fn with<T: Float>(
         stream: &'a Stream,
         s: &AttentionShape<'_>,
+        lengths: Lengths<'_>,
         f: impl FnOnce(&Call<'a>) -> Result<()>,
     ) -> Result<()> {
         let known = SIZES.iter().find(|(size, _)| *size >= s.head_dim);
@@ -77,13 +85,16 @@ impl<'a> Call<'a> {
         ];
         let sizes = parts.map(|part| part.map_or(0, |p| p.len().next_multiple_of(16)));
         stream.with_scratch::<u8, _>(sizes.iter().sum(), |mut scratch| {
-            let (mut at, mut addresses) = (0, [0; 3]);
+            let (mut at, mut addresses) = (0, [0u64; 3]);
             for ((part, size), address) in parts.into_iter().zip(sizes).zip(&mut addresses) {
                 let Some(part) = part else { continue };
                 let room = scratch.reborrow().range(at..at + part.len());
                 *address = room.address();
                 stream.upload(part, room)?;
                 at += size;
+            }
+            if let Lengths::There(lens) = lengths {
+                addresses[1] = lens.address();
             }
             f(&Call::of::<T>(stream, s, (room, label), addresses))
         })
@@ -164,9 +175,9 @@ pub fn flash_attention<T: Float>(
     lse: SliceMut<'_, f32>,
 ) -> Result<()> {
     s.check(q.len(), k.len(), v.len(), out.len(), lse.len());
-    Call::with::<T>(stream, s, |call| {
+    Call::with::<T>(stream, s, Lengths::OfShape, |call| {
         if decode::fits(s) {
-            return decode::decode(call, s, q, k, v, out, lse);
+            return decode::decode(call, s, q, k, v, out, lse, decode::Pages::default());
         }
         let grid = Grid {
             blocks: [s.q_len.div_ceil(ROWS) as u32, s.heads as u32, s.batch as u32],
@@ -218,7 +229,7 @@ pub fn flash_attention_backward<T: Float>(
         let keys = call.function("attention_backward_kv")?;
         keys.launch(grid, args![q, k, v, lse, dout, delta, dk, dv, call.shape])
     };
-    Call::with::<T>(stream, s, |call| {
+    Call::with::<T>(stream, s, Lengths::OfShape, |call| {
         stream.with_scratch::<f32, _>(lse.len(), |delta| gradients(call, delta))
     })
 }

@@ -1,9 +1,10 @@
-//! Attention of few queries to many keys: decoding against a cache, keys split among blocks.
+//! Attention of few queries to many keys: decoding against a cache, dense or in pages, keys split among
+//! blocks.
 
-use super::attention::Call;
-use super::launch::resident;
-use super::{Grid, Result, Slice, SliceMut, Source, args, source};
-use crate::attention::AttentionShape;
+use super::attention::{Call, Lengths};
+use super::launch::{Plain, resident};
+use super::{Grid, Result, Slice, SliceMut, Source, Stream, args, source};
+use crate::attention::{AttentionShape, PagedShape};
 use crate::float::Float;
 
 pub(super) static DECODE: Source = source!("decode", "attention_shape");
@@ -16,6 +17,52 @@ pub(super) fn fits(s: &AttentionShape<'_>) -> bool {
     s.q_len * (s.heads / s.kv_heads) <= 4 * ROWS
 }
 
+/// `Pages` of the kernel.
+#[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(super) struct Pages {
+    table: u64,
+    row: u32,
+    shift: u32,
+    count: u32,
+    padding: u32,
+}
+
+/// One query a sequence against a cache in pages: the twin of
+/// [`paged_attention`](crate::paged_attention). Lengths and tables are on the device, and may change under
+/// a captured graph. A page that does not exist gives NaN.
+///
+/// # Errors
+/// As [`flash_attention`](super::flash_attention).
+pub fn paged_attention<T: Float>(
+    stream: &Stream,
+    s: &PagedShape,
+    q: Slice<'_, T>,
+    k_pages: Slice<'_, T>,
+    v_pages: Slice<'_, T>,
+    table: Slice<'_, i32>,
+    lens: Slice<'_, i32>,
+    out: SliceMut<'_, T>,
+    lse: SliceMut<'_, f32>,
+) -> Result<()> {
+    let count = s.check(
+        [q.len(), k_pages.len(), v_pages.len()],
+        [table.len(), lens.len()],
+        [out.len(), lse.len()],
+    );
+    let pages = Pages {
+        table: table.address(),
+        row: (table.len() / s.batch.max(1)) as u32,
+        shift: s.page.trailing_zeros(),
+        count: count as u32,
+        padding: 0,
+    };
+    let dense = s.dense(table.len());
+    Call::with::<T>(stream, &dense, Lengths::There(lens), |call| {
+        decode(call, &dense, q, k_pages, v_pages, out, lse, pages)
+    })
+}
+
 pub(super) fn decode<T: Float>(
     call: &Call<'_>,
     s: &AttentionShape<'_>,
@@ -24,6 +71,7 @@ pub(super) fn decode<T: Float>(
     v: Slice<'_, T>,
     out: SliceMut<'_, T>,
     lse: SliceMut<'_, f32>,
+    pages: Pages,
 ) -> Result<()> {
     let rows = lse.len();
     if rows == 0 {
@@ -41,7 +89,8 @@ pub(super) fn decode<T: Float>(
     call.stream.with_scratch(room, |mut scratch: SliceMut<'_, f32>| {
         let blocks = [splits as u32, heads as u32, s.batch as u32];
         let grid = Grid { blocks, threads: [128, 1, 1], shared: 0 };
-        shares.launch(grid, args![q, k, v, scratch.reborrow(), span as u32, call.shape])?;
+        let scratch = scratch.reborrow();
+        shares.launch(grid, args![q, k, v, scratch, span as u32, call.shape, Plain(pages)])?;
         let grid = Grid::line(rows.div_ceil(4), 128);
         combine.launch(grid, args![scratch, splits as u32, out, lse, rows as u32, call.shape])
     })

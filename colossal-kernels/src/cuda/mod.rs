@@ -62,6 +62,7 @@ pub use blocks::{copy_block, dropout, fill_columns, scatter_rows, sum_groups};
 pub use cast::cast;
 pub use catalog::{Build, catalog};
 pub use cross_entropy::{cross_entropy, cross_entropy_backward, logits_stats};
+pub use decode::paged_attention;
 pub use device::{Device, devices};
 pub use elementwise::{add, add_assign, add_bias, add_into, axpy, fill, mul, scale, sub};
 pub use embedding::{embedding, embedding_backward};

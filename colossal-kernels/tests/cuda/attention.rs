@@ -2,10 +2,11 @@
 
 use colossal_kernels::cuda::{self, Stream};
 use colossal_kernels::{
-    AttentionBias, AttentionShape, Float, flash_attention, flash_attention_backward,
+    AttentionBias, AttentionShape, Float, PagedShape, flash_attention, flash_attention_backward,
+    paged_attention,
 };
 
-use crate::check::{Device, noise, rounding};
+use crate::check::{Device, close, noise, rounding};
 
 fn shapes(f: impl Fn(&AttentionShape<'_>)) {
     let plain = AttentionShape::new;
@@ -108,8 +109,39 @@ fn caches<T: Float>(stream: &Stream) {
     near("attention to a cache", &s, &out2.get(), &out, 1e-5);
 }
 
+/// A cache in pages, out of order, some shared; one sequence is empty, one ends within a page.
+fn pages<T: Float>(stream: &Stream) {
+    for (heads, kv_heads, head_dim, page) in [(4, 2, 32, 16), (5, 1, 20, 4), (2, 2, 96, 64)] {
+        let s = PagedShape { batch: 4, heads, kv_heads, head_dim, page, scale: 0.3 };
+        let lens = [page as i32 * 5, 0, page as i32 * 3 + 1, 1];
+        // -1 where nothing is read.
+        let table = [7, 2, 9, 0, 4, -1, -1, -1, -1, -1, 3, 2, 1, 5, -1, 8, -1, -1, -1, -1];
+        let (n, kv) = (4 * heads * head_dim, 10 * page * kv_heads * head_dim);
+        let [q, k, v] = [(n, 1), (kv, 2), (kv, 3)].map(|(n, i)| noise::<T>(n, i));
+        let (mut out, mut lse) = (noise::<T>(n, 5), vec![0.0f32; 4 * heads]);
+        let [q2, k2, v2] = [&q, &k, &v].map(|x| Device::new(stream, x, 0));
+        let (mut out2, mut lse2) = (Device::new(stream, &out, 0), Device::new(stream, &lse, 0));
+        paged_attention(&s, &q, &k, &v, &table, &lens, &mut out, &mut lse);
+        let mut run = |table: &[i32]| {
+            let (table, lens) = (Device::new(stream, table, 0), Device::new(stream, &lens, 0));
+            let (k, v, o, l) = (k2.all(), v2.all(), out2.all_mut(), lse2.all_mut());
+            cuda::paged_attention(stream, &s, q2.all(), k, v, table.all(), lens.all(), o, l)
+                .unwrap();
+            (out2.get(), lse2.get())
+        };
+        let (got, got_lse) = run(&table);
+        close("paged_attention", &got, &out, 1e-5);
+        close("paged_attention, log-sum-exp", &got_lse, &lse, 1e-5 + rounding::<T>());
+        // A page that does not exist is no page of zeros.
+        let mut wrong = table;
+        wrong[2] = 10;
+        let row = heads * head_dim;
+        assert!(run(&wrong).0[..row].iter().all(|x| x.to_f32().is_nan()));
+    }
+}
+
 mod each {
-    crate::check::each_type! { attentions caches }
+    crate::check::each_type! { attentions caches pages }
 }
 
 #[test]

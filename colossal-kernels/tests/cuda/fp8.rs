@@ -160,16 +160,12 @@ fn nothing_is_lost() {
                 cuda::quantize_fp8(&stream, x.all(), rows, 140, false, Fp8::E4m3, scaling, q, s)
                     .unwrap();
             }
-            let mat = |q: &Device<u8>, s: &Device<f32>, rows| cuda::Fp8Mat {
-                data: unsafe { cuda::Slice::from_raw(q.all().address(), rows * 144) },
-                scales: unsafe { cuda::Slice::from_raw(s.all().address(), s.all().len()) },
-                rows,
-                cols: 140,
-                format: Fp8::E4m3,
-                scaling,
-            };
+            let (cols, format) = (140, Fp8::E4m3);
+            let a = cuda::Fp8Mat { data: q.all(), scales: s.all(), rows: 4, cols, format, scaling };
+            let b =
+                cuda::Fp8Mat { data: q2.all(), scales: s2.all(), rows: 8, cols, format, scaling };
             let mut y = Device::new(&stream, &[0f32; 32], 0);
-            cuda::gemm_fp8(&stream, mat(&q, &s, 4), mat(&q2, &s2, 8), y.all_mut()).unwrap();
+            cuda::gemm_fp8(&stream, a, b, y.all_mut()).unwrap();
             assert!(y.get()[8..16].iter().all(|y| !y.is_finite()), "{bad} is lost: {:?}", y.get());
         }
     }
