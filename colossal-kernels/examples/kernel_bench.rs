@@ -77,6 +77,13 @@ fn case<T: Float>(kernel: &str, sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
                 );
             })
         }
+        ("decode", &[batch, len, heads, d]) => {
+            let s = AttentionShape::new(batch, 1, len, heads, heads, d);
+            let (n, row) = (batch * len * heads * d, batch * heads * d);
+            let (q, k, v) = (noise::<T>(row, 1), noise::<T>(n, 2), noise::<T>(n, 3));
+            let (mut out, mut lse) = (noise::<T>(row, 4), vec![0.0; batch * heads]);
+            Box::new(move || flash_attention(&s, &q, &k, &v, &mut out, &mut lse))
+        }
         ("cross_entropy", &[rows, vocab]) => {
             let mut logits = noise::<T>(rows * vocab, 1);
             let targets: Vec<i32> = (0..rows).map(|r| (r * 37 % vocab) as i32).collect();

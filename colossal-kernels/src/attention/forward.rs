@@ -8,8 +8,10 @@ use crate::gemm::with_workspace;
 use crate::isa::simd;
 use crate::math::exp;
 use crate::profile;
-use crate::threads::{Parts, parallel_for};
+use crate::threads::{Parts, count, parallel_for};
 
+/// Queries of a sequence up to which keys are not packed.
+const FEW: usize = 4;
 /// Tiles of queries of one block.
 const TILES: usize = 4;
 /// Keys of one block.
@@ -31,28 +33,39 @@ pub fn flash_attention<T: Float>(
     let _span = profile::span::<T>("attention", dims, || s.work::<T>(2, 2));
     let (d, row) = (s.head_dim, s.heads * s.head_dim);
     let (out, lse) = (Parts::new(out), Parts::new(lse));
-    parallel_for(s.batch * s.heads, 1, |range| {
-        for bh in range {
-            let (b, h) = (bh / s.heads, bh % s.heads);
-            let q_at = b * s.q_len * row + h * d;
-            let kv_at = (b * s.kv_stride() + h / (s.heads / s.kv_heads) * d).min(k.len());
-            // SAFETY: this (sequence, head) pair is ours alone; rows are written one at a time.
-            let out_row = |i: usize| unsafe { out.range(q_at + i * row..q_at + i * row + d) };
+    // Decoding reads keys row by row: a thread takes as many heads of a sequence as it can.
+    let grain = if s.q_len <= FEW { s.heads.div_ceil(count()) } else { 1 };
+    parallel_for(s.batch * s.heads, grain, |range| {
+        let mut at = range.start;
+        while at < range.end {
+            let (b, real) = (at / s.heads, s.q_real(at / s.heads));
+            // The next head, or all that this piece has of the sequence.
+            let end = if real <= FEW { range.end.min((b + 1) * s.heads) } else { at + 1 };
+            let heads = at - b * s.heads..end - b * s.heads;
+            let q_at = b * s.q_len * row + heads.start * d;
+            let kv_at = (b * s.kv_stride()).min(k.len());
+            // SAFETY: these (sequence, head) pairs are ours alone; rows are written one at a time.
+            let out_row =
+                |i: usize| unsafe { out.range(q_at + i * row..q_at + i * row + heads.len() * d) };
             // SAFETY: as above.
-            let lse = unsafe { lse.range(bh * s.q_len..(bh + 1) * s.q_len) };
-            let real = s.q_real(b);
-            for (i, lse) in lse.iter_mut().enumerate().skip(real) {
+            let lse = unsafe { lse.range(at * s.q_len..end * s.q_len) };
+            for i in real..s.q_len {
                 out_row(i).fill(T::zeroed());
-                *lse = f32::NEG_INFINITY;
+                (0..heads.len()).for_each(|h| lse[h * s.q_len + i] = f32::NEG_INFINITY);
             }
-            if real <= 4 {
+            if real <= FEW {
                 for i in 0..real {
-                    let q = &q[q_at + i * row..q_at + i * row + d];
-                    lse[i] = one_query(s, b, h, i, q, &k[kv_at..], &v[kv_at..], out_row(i));
+                    let q = &q[q_at + i * row..q_at + i * row + heads.len() * d];
+                    let of = |h: usize, x| lse[(h - heads.start) * s.q_len + i] = x;
+                    let x = [q, &k[kv_at..], &v[kv_at..]];
+                    one_query(s, b, heads.clone(), i, x, out_row(i), of);
                 }
             } else {
+                let h = heads.start;
+                let kv_at = (kv_at + h / (s.heads / s.kv_heads) * d).min(k.len());
                 head(s, [b, h, real], &q[q_at..], &k[kv_at..], &v[kv_at..], &out_row, lse);
             }
+            at = end;
         }
     });
 }

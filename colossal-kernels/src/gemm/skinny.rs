@@ -1,13 +1,13 @@
 //! Few rows times a transposed matrix: both operands run along the depth, so nothing is packed
 //! and every weight is read once per four rows. This is what decoding does.
 
-use super::{Mat, Sink};
+use super::{Mat, Sink, few_rows};
 use crate::float::Float;
-use crate::isa::{Isa, isa, simd};
+use crate::isa::simd;
 use crate::threads::parallel_for;
 
 /// Rows up to which reading the weights again costs less than packing them.
-const ROWS: usize = 48;
+pub(super) const ROWS: usize = 48;
 
 /// Is this a product for this path?
 pub(super) fn fits<T: Float>(a: &Mat<'_, T>, b: &Mat<'_, T>) -> bool {
@@ -21,13 +21,10 @@ pub(super) fn gemm<T: Float, O: Float, E: Float>(
     sink: &Sink<'_, O, E>,
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
+    if few_rows::fits::<T>() {
+        return few_rows::gemm(a, b, sink);
+    }
     let grain = (65536 / (m * k).max(1)).max(4).next_multiple_of(4);
-    let vectors = match T::NAME {
-        "f32" => isa() >= Isa::Avx512,
-        "bf16" => isa() == Isa::Avx512Bf16,
-        _ => false,
-    };
-    let step = if vectors { vectors::ROWS } else { 4 };
     parallel_for(n.div_ceil(4), grain.div_ceil(4), |quads| {
         for quad in quads {
             let first = 4 * quad;
@@ -38,16 +35,14 @@ pub(super) fn gemm<T: Float, O: Float, E: Float>(
                 &b.data[at..at + k]
             };
             let b4 = [column(0), column(1), column(2), column(3)];
-            for i in (0..m).step_by(step) {
-                let rows = step.min(m - i);
+            for i in (0..m).step_by(4) {
+                let rows = 4.min(m - i);
                 let row = |r: usize| {
                     let at = (i + r.min(rows - 1)) * a.row_stride;
                     &a.data[at..at + k]
                 };
-                let mut sums = [[0.0; 4]; vectors::ROWS];
-                if vectors {
-                    vectors::dots(rows, std::array::from_fn(row), b4, &mut sums);
-                } else if rows == 1 {
+                let mut sums = [[0.0; 4]; 4];
+                if rows == 1 {
                     dots::<T>(row(0), b4, &mut sums[0]);
                 } else {
                     dots4::<T>(std::array::from_fn(row), b4, &mut sums);
@@ -80,7 +75,7 @@ simd! {
 }
 
 simd! {
-    fn dots4<T: Float>(a: [&[T]; 4], b: [&[T]; 4], out: &mut [[f32; 4]; vectors::ROWS]) {
+    fn dots4<T: Float>(a: [&[T]; 4], b: [&[T]; 4], out: &mut [[f32; 4]; 4]) {
         let a16 = a.map(|x| x.as_chunks::<16>().0);
         let steps = a16[0].len().min(a16[1].len()).min(a16[2].len()).min(a16[3].len());
         for (j, b) in b.into_iter().enumerate() {
@@ -104,118 +99,6 @@ simd! {
                     .sum();
                 out[i][j] = acc.iter().sum::<f32>() + rest;
             }
-        }
-    }
-}
-
-/// A tile of dot products in AVX-512 registers: f32, or bf16 through `vdpbf16ps`.
-mod vectors {
-    use crate::float::Float;
-
-    /// Rows of a tile; its columns are four.
-    pub(super) const ROWS: usize = 6;
-
-    /// `out[r][j] = a[r] . b[j]` for the first `rows` rows. Only where the machine has AVX-512,
-    /// for bf16 AVX-512 BF16, and `T` is one of these two.
-    pub(super) fn dots<T: Float>(
-        rows: usize,
-        a: [&[T]; ROWS],
-        b: [&[T]; 4],
-        out: &mut [[f32; 4]; ROWS],
-    ) {
-        let k = a[0].len();
-        assert!(a.iter().chain(&b).all(|x| x.len() == k));
-        #[cfg(target_arch = "x86_64")]
-        {
-            let (a, b) = (a.map(<[T]>::as_ptr), b.map(<[T]>::as_ptr));
-            macro_rules! call {
-                ($kernel:ident) => {{
-                    let (a, b) = (a.map(<*const T>::cast), b.map(<*const T>::cast));
-                    // SAFETY: the caller has found the instructions; all rows hold `k` elements.
-                    unsafe {
-                        match rows {
-                            1 => x86::$kernel::<1>(a, b, k, out),
-                            2 => x86::$kernel::<2>(a, b, k, out),
-                            3 | 4 => x86::$kernel::<4>(a, b, k, out),
-                            _ => x86::$kernel::<6>(a, b, k, out),
-                        }
-                    }
-                }};
-            }
-            match size_of::<T>() {
-                4 => call!(f32),
-                2 => call!(bf16),
-                _ => unreachable!("elements of two or four bytes"),
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = (rows, b, out);
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    mod x86 {
-        use std::arch::x86_64::*;
-
-        use super::ROWS;
-
-        macro_rules! kernel {
-            ($name:ident, $element:ty, $features:literal, $lanes:literal, $mask:ty, $load:expr, $product:expr) => {
-                /// # Safety
-                /// The instructions; every pointer leads to `k` elements.
-                #[target_feature(enable = $features)]
-                pub(super) unsafe fn $name<const R: usize>(
-                    a: [*const $element; ROWS],
-                    b: [*const $element; 4],
-                    k: usize,
-                    out: &mut [[f32; 4]; ROWS],
-                ) {
-                    // Weights come from memory: they are asked for ahead, in a long row further
-                    // on, in short ones at the same place of the next four.
-                    let row = k * size_of::<$element>();
-                    let ahead = if row < 4096 { 4 * row } else { 1024 };
-                    let mut acc = [[_mm512_setzero_ps(); 4]; R];
-                    let mut step = |at: usize, mask: $mask| {
-                        // SAFETY: masked to the row's end; a prefetch may point anywhere.
-                        let load = |p: *const $element| unsafe { $load(mask, p.add(at)) };
-                        let y = b.map(|p| {
-                            let next = p.wrapping_add(at).cast::<i8>().wrapping_add(ahead);
-                            _mm_prefetch::<_MM_HINT_T0>(next);
-                            load(p)
-                        });
-                        for (acc, a) in acc.iter_mut().zip(a) {
-                            let x = load(a);
-                            for (acc, y) in acc.iter_mut().zip(y) {
-                                *acc = $product(*acc, x, y);
-                            }
-                        }
-                    };
-                    // With a mask that is known to be full, loads are plain ones.
-                    (0..k / $lanes).for_each(|i| step(i * $lanes, <$mask>::MAX));
-                    if k % $lanes > 0 {
-                        step(k / $lanes * $lanes, <$mask>::MAX >> ($lanes - k % $lanes));
-                    }
-                    for (out, acc) in out.iter_mut().zip(acc) {
-                        *out = acc.map(|x| _mm512_reduce_add_ps(x));
-                    }
-                }
-            };
-        }
-
-        kernel! {
-            f32, f32, "avx512f", 16, u16, |mask, p| _mm512_maskz_loadu_ps(mask, p),
-            |acc, x, y| _mm512_fmadd_ps(x, y, acc)
-        }
-        kernel! {
-            bf16, i16, "avx512f,avx512bw,avx512bf16", 32, u32,
-            |mask, p| _mm512_maskz_loadu_epi16(mask, p),
-            |acc, x, y| _mm512_dpbf16_ps(acc, pair(x), pair(y))
-        }
-
-        #[inline]
-        #[target_feature(enable = "avx512f,avx512bf16")]
-        fn pair(x: __m512i) -> __m512bh {
-            // SAFETY: both are 512 bits without invalid values.
-            unsafe { std::mem::transmute(x) }
         }
     }
 }

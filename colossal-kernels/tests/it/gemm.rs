@@ -6,13 +6,15 @@ use proptest::prelude::*;
 
 use crate::check::{activation, close, everywhere, noise, rounding, transposed, wide};
 
-const SHAPES: [[usize; 3]; 13] = [
+const SHAPES: [[usize; 3]; 15] = [
     [17, 40, 0],
     [1, 1, 1],
     [1, 37, 65],
     [1, 200, 1500],
     [3, 5, 7],
     [7, 130, 64],
+    [8, 37, 1700],
+    [19, 50, 801],
     [14, 32, 64],
     [15, 33, 17],
     [49, 70, 33],
