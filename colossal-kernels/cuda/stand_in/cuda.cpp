@@ -208,6 +208,21 @@ API cuDeviceGetAttribute(int* value, int attribute, int device) {
   }
   return SUCCESS;
 }
+// Keeps for copy_box (hopper.cuh) what the driver would encode: the address, 4 dims, 3 strides, 4 sizes of a
+// box. Refuses what the driver refuses of two-byte elements in swizzled lines of 128 bytes.
+API cuTensorMapEncodeTiled(uint64_t* map, int type, uint32_t rank, uint64_t address, const uint64_t* dims,
+                           const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave,
+                           int swizzle, int, int) {
+  bool fits = (type == 6 || type == 9) && rank == 4 && address % 16 == 0 && !interleave && swizzle == 3 && box[0] <= 64;
+  for (int i = 0; i < 4; ++i) fits &= dims[i] >= 1 && box[i] >= 1 && box[i] <= 256 && steps[i] == 1;
+  for (int i = 0; i < 3; ++i) fits &= strides[i] % 16 == 0 && strides[i] < uint64_t(1) << 40;
+  if (!fits) return INVALID_VALUE;
+  memcpy(map, &address, 8);
+  memcpy(map + 1, dims, 32);
+  memcpy(map + 5, strides, 24);
+  memcpy(map + 8, box, 16);
+  return SUCCESS;
+}
 API cuDeviceCanAccessPeer(int* can, int, int) { *can = 1; return SUCCESS; }
 API cuCtxEnablePeerAccess(void*, unsigned) { return SUCCESS; }
 API cuDevicePrimaryCtxRetain(void** context, int device) {

@@ -4,8 +4,8 @@
 
 use std::ffi::c_void;
 
-use super::decode;
 use super::{Arg, Error, Function, Grid, Result, Slice, SliceMut, Source, Stream, args, source};
+use super::{decode, hopper};
 use crate::attention::AttentionShape;
 use crate::float::Float;
 
@@ -171,13 +171,16 @@ pub fn flash_attention<T: Float>(
     q: Slice<'_, T>,
     k: Slice<'_, T>,
     v: Slice<'_, T>,
-    out: SliceMut<'_, T>,
-    lse: SliceMut<'_, f32>,
+    mut out: SliceMut<'_, T>,
+    mut lse: SliceMut<'_, f32>,
 ) -> Result<()> {
     s.check(q.len(), k.len(), v.len(), out.len(), lse.len());
     Call::with::<T>(stream, s, Lengths::OfShape, |call| {
         if decode::fits(s) {
             return decode::decode(call, s, q, k, v, out, lse, decode::Pages::default());
+        }
+        if hopper::attention(call, s, q, k, v, &mut out, &mut lse)? {
+            return Ok(());
         }
         let grid = Grid {
             blocks: [s.q_len.div_ceil(ROWS) as u32, s.heads as u32, s.batch as u32],

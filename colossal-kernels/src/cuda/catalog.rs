@@ -2,7 +2,8 @@
 
 use super::{
     Source, activation, attention, blocks, cast, cross_entropy, decode, elementwise, embedding,
-    factored, fp8, gemm, int8, layerwise, norm, optimizer, ranks, reduce, rope, rows, softmax,
+    factored, fp8, gemm, hopper, int8, layerwise, norm, optimizer, ranks, reduce, rope, rows,
+    softmax,
 };
 
 /// A file of kernels, and what it is compiled under.
@@ -41,6 +42,12 @@ pub fn catalog() -> Vec<Build> {
         for (_, size) in attention::SIZES {
             builds.extend(TYPES.map(|t| Build { source, defines: vec![("TYPE", t), ("D", size)] }));
         }
+    }
+    // Empty but for sm_90a.
+    for (_, size) in hopper::SIZES {
+        let source = &hopper::HOPPER;
+        let of = |t| Build { source, defines: vec![("TYPE", t), ("D", size)] };
+        builds.extend(["bf16", "f16"].map(of));
     }
     for source in [&layerwise::LAYERWISE, &factored::FACTORED] {
         builds.push(Build { source, defines: vec![("TYPE", "float")] });

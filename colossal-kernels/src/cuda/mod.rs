@@ -37,6 +37,7 @@ mod error;
 mod factored;
 mod fp8;
 mod gemm;
+mod hopper;
 mod int8;
 mod launch;
 mod layerwise;

@@ -28,24 +28,14 @@ pub struct Source {
     pub text: &'static str,
 }
 
-/// The file `cuda/<name>.cu` behind what all kernels stand on.
+/// The file `cuda/<name>.cu` behind what all kernels stand on, and what several files share.
 macro_rules! source {
-    ($name:literal) => {
+    ($name:literal $(, $shared:literal)*) => {
         $crate::cuda::Source {
             name: $name,
             text: concat!(
                 include_str!("../../cuda/prim.cuh"),
-                include_str!(concat!("../../cuda/", $name, ".cu"))
-            ),
-        }
-    };
-    // With what several files share.
-    ($name:literal, $shared:literal) => {
-        $crate::cuda::Source {
-            name: $name,
-            text: concat!(
-                include_str!("../../cuda/prim.cuh"),
-                include_str!(concat!("../../cuda/", $shared, ".cuh")),
+                $(include_str!(concat!("../../cuda/", $shared, ".cuh")),)*
                 include_str!(concat!("../../cuda/", $name, ".cu"))
             ),
         }

@@ -109,6 +109,58 @@ fn caches<T: Float>(stream: &Stream) {
     near("attention to a cache", &s, &out2.get(), &out, 1e-5);
 }
 
+/// Forward by Hopper's own instructions: tiles that end anywhere, every mask that it takes.
+fn hopper<T: Float>(stream: &Stream) {
+    let plain = AttentionShape::new;
+    let (q_lens, kv_lens) = ([150, 0, 40], [290, 5, 33]);
+    let lengths = AttentionShape {
+        q_lens: Some(&q_lens),
+        kv_lens: Some(&kv_lens),
+        ..plain(3, 150, 300, 2, 1, 64)
+    };
+    for s in [
+        plain(1, 128, 128, 1, 1, 128),
+        plain(2, 130, 130, 4, 2, 64),
+        plain(1, 33, 700, 2, 1, 128),
+        plain(1, 140, 60, 1, 1, 64),
+        AttentionShape { causal: false, ..plain(1, 70, 520, 2, 2, 128) },
+        AttentionShape { causal: false, ..lengths },
+        AttentionShape { kv_batch_stride: 310 * 64, ..lengths },
+        lengths,
+    ] {
+        let room = s.batch * (s.kv_batch_stride / (s.kv_heads * s.head_dim)).max(s.kv_len);
+        let (n, kv) = (s.batch * s.q_len * s.heads * s.head_dim, room * s.kv_heads * s.head_dim);
+        let [q, k, mut v] = [(n, 1), (kv, 2), (kv, 3)].map(|(n, i)| noise::<T>(n, i));
+        // Values that are not real may be anything.
+        if let (Some(lens), 0) = (s.kv_lens, s.kv_batch_stride) {
+            let row = s.kv_heads * s.head_dim;
+            for (b, len) in lens.iter().enumerate() {
+                let own = (b * s.kv_len + *len as usize) * row..(b + 1) * s.kv_len * row;
+                v[own].fill(T::from_f32(f32::NAN));
+            }
+        }
+        let (mut out, mut lse) = (noise::<T>(n, 5), vec![0.0f32; s.batch * s.heads * s.q_len]);
+        let [q2, k2, v2] = [&q, &k, &v].map(|x| Device::new(stream, x, 0));
+        let (mut out2, mut lse2) = (Device::new(stream, &out, 0), Device::new(stream, &lse, 0));
+        flash_attention(&s, &q, &k, &v, &mut out, &mut lse);
+        let (o, l) = (out2.all_mut(), lse2.all_mut());
+        cuda::flash_attention(stream, &s, q2.all(), k2.all(), v2.all(), o, l).unwrap();
+        near("attention on Hopper", &s, &out2.get(), &out, 1e-5);
+        for (got, want) in lse2.get().iter().zip(&lse) {
+            let close = got == want || (got - want).abs() < 1e-5 + rounding::<T>();
+            assert!(close, "log-sum-exp {got}, not {want}; {s:?}");
+        }
+    }
+}
+
+#[test]
+fn on_hopper() {
+    if let Some(stream) = crate::check::hopper() {
+        hopper::<half::bf16>(&stream);
+        hopper::<half::f16>(&stream);
+    }
+}
+
 /// A cache in pages, out of order, some shared; one sequence is empty, one ends within a page.
 fn pages<T: Float>(stream: &Stream) {
     for (heads, kv_heads, head_dim, page) in [(4, 2, 32, 16), (5, 1, 20, 4), (2, 2, 96, 64)] {
