@@ -307,6 +307,7 @@ static unsigned lane() { return current->number % 32; }
   cuemu::shuffle(__LINE__, v, cuemu::lane() + (by) < 32 ? cuemu::lane() + (by) : cuemu::lane())
 
 template <class V> inline V atomicAdd(V* at, V v) { V old = *at; *at = old + v; return old; }
+template <class V> inline V atomicMax(V* at, V v) { V old = *at; *at = old < v ? v : old; return old; }
 inline void __threadfence() {}
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }

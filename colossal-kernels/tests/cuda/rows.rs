@@ -154,7 +154,9 @@ fn rotations<T: Float>(stream: &Stream) {
 }
 
 fn tables<T: Float>(stream: &Stream) {
-    for (tokens, dim, skip) in [(0, 8, 0), (5, 16, 0), (700, 24, 1), (40, 2100, 0), (9, 7, 0)] {
+    for (tokens, dim, skip) in
+        [(0, 8, 0), (5, 16, 0), (700, 24, 1), (3000, 5, 0), (40, 2100, 0), (9, 7, 0)]
+    {
         let entries = 13;
         let mut ids: Vec<i32> = (0..tokens).map(|t| (t * t % 17) as i32).collect();
         ids.iter_mut().skip(2).take(1).for_each(|id| *id = -1);
