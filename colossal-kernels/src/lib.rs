@@ -22,6 +22,7 @@ mod math;
 pub mod memory;
 mod multi;
 mod norm;
+mod partial_softmax;
 pub mod profile;
 mod reduce;
 pub mod reference;
@@ -29,6 +30,7 @@ mod rope;
 mod rows;
 mod softmax;
 pub mod threads;
+mod wide_norm;
 
 pub use activation::{
     gelu, gelu_backward, gelu_tanh, gelu_tanh_backward, relu, relu_backward, silu, silu_backward,
@@ -53,8 +55,10 @@ pub use layerwise::{Lamb, Lars};
 pub use lion::Lion;
 pub use multi::{scale_many, sum_of_squares, sum_of_squares_many};
 pub use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
+pub use partial_softmax::{merge_attention, vocabulary_loss, vocabulary_terms};
 pub use reduce::{max, sum, sum_last, sum_rows};
 pub use rope::{rope, rope_backward};
 pub use rows::{combine_rows, combine_rows_backward};
 pub use softmax::{log_softmax, log_softmax_backward, softmax, softmax_backward};
 pub use threads::Threads;
+pub use wide_norm::{row_moment, wide_norm, wide_norm_backward, wide_norm_sums};

@@ -21,5 +21,7 @@ mod gemm;
 mod int8;
 #[path = "cuda/optimizer.rs"]
 mod optimizer;
+#[path = "cuda/parts.rs"]
+mod parts;
 #[path = "cuda/rows.rs"]
 mod rows;

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use colossal_tensor::moe::Balance;
 use colossal_tensor::random::Stream;
 use colossal_tensor::{
-    AttentionMask, Dtype, Error, KvCache, Layer, Model, Params, Region, Result, Scope, Stack,
-    Tensor,
+    AttentionMask, Dtype, Error, IGNORE, KvCache, Layer, Model, Params, Region, Result, Scope,
+    Stack, Tensor,
 };
 use serde::{Deserialize, Serialize};
 
@@ -228,6 +228,24 @@ impl CausalLm {
     /// Logits `[batch, seq, vocab]` (or scores `[batch, seq]`) of this rank's part of a batch.
     pub fn forward(&self, tokens: Tokens) -> Result<Tensor> {
         self.stack.forward(&Arc::new(tokens))
+    }
+
+    /// The loss of each token, in f32, laid out as the tokens are: `-log p` of its target. Targets are
+    /// as [`colossal_tensor::Tensor::same_place`] takes them, -100 where there is no loss.
+    ///
+    /// # Errors
+    /// For a target that is no entry of the vocabulary.
+    pub fn losses(&self, tokens: Tokens, targets: &[i32]) -> Result<Tensor> {
+        let entries = self.config.vocab_size();
+        let outside = |t: &&i32| **t != IGNORE && (**t < 0 || **t as usize >= entries);
+        if let Some(bad) = targets.iter().find(outside) {
+            return Err(Error::Other(format!(
+                "losses: target {bad} is outside the vocabulary, 0..{entries}; mark tokens without \
+                 loss with {IGNORE}"
+            )));
+        }
+        let targets = tokens.ids.same_place(targets)?;
+        self.forward(tokens)?.cross_entropy(&targets)
     }
 
     /// Elements of all parameters, whole.

@@ -21,7 +21,7 @@ use crate::params::{Param, ParamId};
 use crate::placement::Layout;
 use crate::storage::Buffer;
 use crate::tensor::{Scope, Tensor};
-use crate::view::{View, ViewMut};
+use crate::view::ViewMut;
 
 /// What a tensor's gradient flows into.
 #[derive(Clone)]
@@ -176,21 +176,6 @@ impl<'a> Accumulator<'a> {
             (sum, _) => sum.reborrow().zero()?,
         }
         Ok(sum)
-    }
-
-    /// Lets `add(sum, fresh)` add on the host, wherever the sum is.
-    pub fn on_host(self, add: impl FnOnce(&mut [f32], bool) -> Result<()>) -> Result<()> {
-        match self {
-            Accumulator { sum: ViewMut::Cpu(sum), fresh } => add(sum, fresh),
-            Accumulator { sum, fresh } => {
-                let mut part = Buffer::new::<f32>(sum.len());
-                add(part.as_mut_slice(), true)?;
-                match fresh {
-                    true => sum.write(part.as_slice()),
-                    false => kernels::add_assign(View::Cpu(part.as_slice()), sum),
-                }
-            }
-        }
     }
 }
 
@@ -350,23 +335,6 @@ impl Backward<'_> {
         add: impl FnOnce(ViewMut<'_, f32>) -> Result<()> + Send + 'static,
     ) -> Result<()> {
         self.weight_fresh(i, like, |acc| add(acc.zeroed()?))
-    }
-
-    /// The same for an `add` that works on the host.
-    pub(crate) fn weight_on_host(
-        &mut self,
-        i: usize,
-        like: &Weight,
-        add: impl FnOnce(&mut [f32]) -> Result<()> + Send + 'static,
-    ) -> Result<()> {
-        self.weight_fresh(i, like, |acc| {
-            acc.on_host(|sum, fresh| {
-                if fresh {
-                    colossal_kernels::fill(sum, 0.0);
-                }
-                add(sum)
-            })
-        })
     }
 
     /// As [`Backward::weight`], for an `add` that can overwrite what is fresh.

@@ -15,17 +15,20 @@
 //! `(q - 1)/q³ (MN + NK + MK)` for the input and `(q - 1)/q³ (MK + NK)` more for the weight.
 
 use colossal_comm::{Group, ReduceOp};
-use colossal_kernels::{self as kernels, Epilogue, Mat, MatMut};
 
 use crate::autograd::{Weight, pretended, record};
+use crate::collectives;
+use crate::device::Device;
 use crate::dtype::{Element, float};
 use crate::error::{Result, comm};
-use crate::ops::produce_on_host;
+use crate::kernels::{self, Mat};
+use crate::ops::produce;
 use crate::placement::Cut;
 use crate::placement::Placement::Shard;
 use crate::propagate::{self, propagate};
 use crate::storage::Buffer;
 use crate::tensor::Tensor;
+use crate::view::{View, ViewMut};
 
 /// The axes of one product.
 #[derive(Debug, Clone, Copy)]
@@ -83,60 +86,59 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axes: Axes) -> Result<Tensor> {
         Ok(scope.mesh().group(&scope.axis(axis).0).map_err(comm)?.clone())
     };
     let (rows, width, depth) = (group(axes.rows)?, group(axes.width)?, group(axes.depth)?);
-    let y = produce_on_host(&scope, &shape, x.dtype(), layout, |y| {
+    let y = produce(&scope, &shape, x.dtype(), layout, |y| {
         float!("linear", x.dtype(), T => {
-            let x = gathered(&rows, x.read::<T>()?.as_slice::<T>())?;
-            let w = gathered(&depth, w.read::<T>()?.as_slice::<T>())?;
-            let mut sums = Buffer::new::<T>(m * n);
-            let (x, w) = (Mat::new(x.as_slice::<T>(), m, k), Mat::new(w.as_slice::<T>(), n, k));
-            let product = MatMut::new(sums.as_mut_slice::<T>(), m, n);
-            kernels::gemm(x, w.t(), product, &Epilogue::default());
-            scattered::<T>(&width, &sums, y.as_mut_slice())
+            let (x, w) = (x.lend::<T>()?, w.lend::<T>()?);
+            let x = gathered(&rows, scope.device(), x.view::<T>())?;
+            let w = gathered(&depth, scope.device(), w.view::<T>())?;
+            let mut sums = scope.room::<T>(m * n)?;
+            let (x, w) = (Mat::new(x.view::<T>(), m, k), Mat::new(w.view::<T>(), n, k));
+            kernels::gemm(x, w.t(), sums.view_mut::<T>(), None, false)?;
+            scattered(&width, sums.view::<T>(), y.view_mut())
         })
     })?;
     let (x_saved, w_saved, like) = (x.detach(), w.detach(), Weight::like(w));
     Ok(record("linear", y, &[x, w], move |dy, back| {
         let (x, dtype) = (x_saved, dy.dtype());
+        let device = scope.device().clone();
         float!("linear", dtype, T => {
-            let dy = gathered(&width, dy.read::<T>()?.as_slice::<T>())?;
+            let dy = dy.lend::<T>()?;
+            let dy = gathered(&width, &device, dy.view::<T>())?;
             if back.wants(0) {
                 let layout = x.layout().dual();
-                let dx = produce_on_host(x.scope(), x.shape(), dtype, layout, |dx| {
-                    let w = gathered(&depth, w_saved.read::<T>()?.as_slice::<T>())?;
-                    let mut sums = Buffer::new::<T>(m * k);
-                    let dy = Mat::new(dy.as_slice::<T>(), m, n);
-                    let product = MatMut::new(sums.as_mut_slice::<T>(), m, k);
-                    let w = Mat::new(w.as_slice::<T>(), n, k);
-                    kernels::gemm(dy, w, product, &Epilogue::default());
-                    scattered::<T>(&rows, &sums, dx.as_mut_slice())
+                let dx = produce(&scope, x.shape(), dtype, layout, |dx| {
+                    let w = w_saved.lend::<T>()?;
+                    let w = gathered(&depth, &device, w.view::<T>())?;
+                    let mut sums = scope.room::<T>(m * k)?;
+                    let (dy, w) = (Mat::new(dy.view::<T>(), m, n), Mat::new(w.view::<T>(), n, k));
+                    kernels::gemm(dy, w, sums.view_mut::<T>(), None, false)?;
+                    scattered(&rows, sums.view::<T>(), dx.view_mut())
                 })?;
                 back.give(0, dx)?;
             }
             if !back.wants(1) {
                 return Ok(());
             }
-            back.weight_on_host(1, &like, move |dw| {
-                let x = gathered(&rows, x.read::<T>()?.as_slice::<T>())?;
-                let mut sums = Buffer::new::<f32>(n * k);
-                let product = MatMut::new(sums.as_mut_slice::<f32>(), n, k);
-                let (dy, x) =
-                    (Mat::new(dy.as_slice::<T>(), m, n), Mat::new(x.as_slice::<T>(), m, k));
-                kernels::gemm(dy.t(), x, product, &Epilogue::default());
-                let mut own = Buffer::new::<f32>(dw.len());
-                scattered::<f32>(&depth, &sums, own.as_mut_slice())?;
-                kernels::add_assign(own.as_slice::<f32>(), dw);
-                Ok(())
+            back.weight(1, &like, move |dw| {
+                let x = x.lend::<T>()?;
+                let x = gathered(&rows, &device, x.view::<T>())?;
+                let mut sums = scope.room::<f32>(n * k)?;
+                let (dy, x) = (Mat::new(dy.view::<T>(), m, n), Mat::new(x.view::<T>(), m, k));
+                kernels::gemm(dy.t(), x, sums.view_mut::<f32>(), None, false)?;
+                let mut own = scope.room::<f32>(dw.len())?;
+                scattered(&depth, sums.view::<f32>(), own.view_mut())?;
+                kernels::add_assign(own.view::<f32>(), dw)
             })
         })
     }))
 }
 
-fn gathered<T: Element>(group: &Group, own: &[T]) -> Result<Buffer> {
-    let mut all = Buffer::new::<T>(own.len() * group.world_size());
-    group.all_gather(own, all.as_mut_slice::<T>()).map_err(comm)?;
+fn gathered<T: Element>(group: &Group, device: &Device, own: View<'_, T>) -> Result<Buffer> {
+    let mut all = Buffer::on(device, own.len() * group.world_size() * size_of::<T>())?;
+    collectives::all_gather(group, own, all.view_mut())?;
     Ok(all)
 }
 
-fn scattered<T: Element>(group: &Group, sums: &Buffer, own: &mut [T]) -> Result<()> {
-    group.reduce_scatter(sums.as_slice::<T>(), own, ReduceOp::Sum).map_err(comm)
+fn scattered<T: Element>(group: &Group, sums: View<'_, T>, own: ViewMut<'_, T>) -> Result<()> {
+    collectives::reduce_scatter(group, sums, own, ReduceOp::Sum)
 }

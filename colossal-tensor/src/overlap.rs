@@ -11,17 +11,21 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use colossal_comm::{Group, Pending};
-use colossal_kernels::{self as kernels, Epilogue, Float, Mat, MatMut};
+use colossal_comm::Group;
+use colossal_kernels::Float;
 
 use crate::autograd::{Weight, pretended, record};
+use crate::collectives::{InFlight, shift_start};
+use crate::device::Device;
 use crate::dtype::{Element, float};
 use crate::error::{Error, Result, comm};
-use crate::ops::produce_on_host;
+use crate::kernels::{self, Mat};
+use crate::ops::produce;
 use crate::placement::Placement::Shard;
 use crate::propagate::{self, propagate};
-use crate::storage::{Buffer, Lent, Typed};
+use crate::storage::Buffer;
 use crate::tensor::Tensor;
+use crate::view::{View, ViewMut};
 
 /// Which side of the sub-layer a product is on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,20 +81,24 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axis: usize, kind: Kind) -> Result<
         }
         return Ok(pretended(op, y, &[x, w], &[x]));
     }
-    let walk = Walk { group: x.scope().mesh().group(&name).map_err(comm)?.clone(), batch, part };
-    let y = produce_on_host(x.scope(), &shape, x.dtype(), layout, |y| {
+    let walk = Walk {
+        group: x.scope().mesh().group(&name).map_err(comm)?.clone(),
+        batch,
+        part,
+        device: x.scope().device().clone(),
+    };
+    let y = produce(x.scope(), &shape, x.dtype(), layout, |y| {
         float!(op, x.dtype(), T => {
-            let (x, w) = (x.read::<T>()?, w.read::<T>()?);
-            let (x, w, y) = (x.as_slice::<T>(), Mat::new(w.as_slice::<T>(), n, k).t(), y);
-            let plain = Epilogue::default();
+            let (x, w) = (x.lend::<T>()?, w.lend::<T>()?);
+            let (x, w) = (x.view::<T>(), Mat::new(w.view::<T>(), n, k).t());
             match kind {
                 Kind::Column => walk.gather(x, k, |b, own, x| {
-                    let y = &mut y.as_mut_slice::<T>()[walk.rows(b, own, n)];
-                    kernels::gemm(Mat::new(x, part, k), w, MatMut::new(y, part, n), &plain);
+                    let y = y.view_mut::<T>().range(walk.rows(b, own, n));
+                    kernels::gemm(Mat::new(x, part, k), w, y, None, false)
                 }),
-                Kind::Row => walk.scatter(n, y, |b, own, y: &mut [T]| {
-                    let x = Mat::new(&x[walk.rows(b, own, k)], part, k);
-                    kernels::gemm(x, w, MatMut::new(y, part, n), &plain);
+                Kind::Row => walk.scatter(n, y, |b, own, y: ViewMut<'_, T>| {
+                    let x = Mat::new(x.range(walk.rows(b, own, k)), part, k);
+                    kernels::gemm(x, w, y, None, false)
                 }),
             }
         })
@@ -100,24 +108,24 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axis: usize, kind: Kind) -> Result<
         let (x, dtype) = (x_saved, dy.dtype());
         let layout = x.layout().dual();
         // What the weight's gradient needs of dy: all tokens.
-        let mut gathered = match kind {
-            Kind::Column => Buffer::new::<u8>(0),
-            Kind::Row => Buffer::with_bytes(batch * whole * n * dtype.bytes()),
+        let all = match kind {
+            Kind::Column => 0,
+            Kind::Row => batch * whole * n * dtype.bytes(),
         };
-        let dx = produce_on_host(x.scope(), x.shape(), dtype, layout, |dx| {
+        let mut gathered = Buffer::on(x.scope().device(), all)?;
+        let dx = produce(x.scope(), x.shape(), dtype, layout, |dx| {
             float!(op, dtype, T => {
-                let (dy, w) = (dy.read::<T>()?, w_saved.read::<T>()?);
-                let (dy, w) = (dy.as_slice::<T>(), Mat::new(w.as_slice::<T>(), n, k));
+                let (dy, w) = (dy.lend::<T>()?, w_saved.lend::<T>()?);
+                let (dy, w) = (dy.view::<T>(), Mat::new(w.view::<T>(), n, k));
                 match kind {
-                    Kind::Column => walk.scatter(k, dx, |b, own, dx: &mut [T]| {
-                        let dy = Mat::new(&dy[walk.rows(b, own, n)], part, n);
-                        kernels::gemm(dy, w, MatMut::new(dx, part, k), &Epilogue::default());
+                    Kind::Column => walk.scatter(k, dx, |b, own, dx: ViewMut<'_, T>| {
+                        let dy = Mat::new(dy.range(walk.rows(b, own, n)), part, n);
+                        kernels::gemm(dy, w, dx, None, false)
                     }),
                     Kind::Row => walk.gather(dy, n, |b, own, dy| {
-                        gathered.as_mut_slice::<T>()[walk.rows(b, own, n)].copy_from_slice(dy);
-                        let dx = &mut dx.as_mut_slice::<T>()[walk.rows(b, own, k)];
-                        let dx = MatMut::new(dx, part, k);
-                        kernels::gemm(Mat::new(dy, part, n), w, dx, &Epilogue::default());
+                        gathered.view_mut::<T>().range(walk.rows(b, own, n)).copy(dy)?;
+                        let dx = dx.view_mut::<T>().range(walk.rows(b, own, k));
+                        kernels::gemm(Mat::new(dy, part, n), w, dx, None, false)
                     }),
                 }
             })
@@ -126,25 +134,22 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axis: usize, kind: Kind) -> Result<
         if !back.wants(1) {
             return Ok(());
         }
-        back.weight_on_host(1, &like, move |dw| {
+        back.weight(1, &like, move |mut dw| {
             float!(op, dtype, T => {
-                let add = Epilogue { accumulate: true, ..Epilogue::default() };
-                let x = x.read::<T>()?;
-                let x = x.as_slice::<T>();
+                let x = x.lend::<T>()?;
+                let x = x.view::<T>();
                 match kind {
                     Kind::Column => {
-                        let dy = dy.read::<T>()?;
-                        let dy = dy.as_slice::<T>();
+                        let dy = dy.lend::<T>()?;
+                        let dy = dy.view::<T>();
                         walk.gather(x, k, |b, own, x| {
-                            let dy = Mat::new(&dy[walk.rows(b, own, n)], part, n).t();
-                            kernels::gemm(dy, Mat::new(x, part, k), MatMut::new(dw, n, k), &add);
+                            let dy = Mat::new(dy.range(walk.rows(b, own, n)), part, n).t();
+                            kernels::gemm(dy, Mat::new(x, part, k), dw.reborrow(), None, true)
                         })
                     }
                     Kind::Row => {
-                        let dy = Mat::new(gathered.as_slice::<T>(), batch * whole, n).t();
-                        let x = Mat::new(x, batch * whole, k);
-                        kernels::gemm(dy, x, MatMut::new(dw, n, k), &add);
-                        Ok(())
+                        let dy = Mat::new(gathered.view::<T>(), batch * whole, n).t();
+                        kernels::gemm(dy, Mat::new(x, batch * whole, k), dw, None, true)
                     }
                 }
             })
@@ -158,6 +163,7 @@ struct Walk {
     batch: usize,
     /// Tokens of a sequence on one rank.
     part: usize,
+    device: Device,
 }
 
 impl Walk {
@@ -171,23 +177,21 @@ impl Walk {
     /// next ones are on their way.
     fn gather<T: Element>(
         &self,
-        own: &[T],
+        own: View<'_, T>,
         width: usize,
-        mut visit: impl FnMut(usize, usize, &[T]),
+        mut visit: impl FnMut(usize, usize, View<'_, T>) -> Result<()>,
     ) -> Result<()> {
-        let (n, me) = (self.group.world_size(), self.group.rank());
-        let mut here = Arc::new(Buffer::from_slice(own));
+        let (n, me, run) = (self.group.world_size(), self.group.rank(), self.part * width);
+        let mut here = Arc::new(Buffer::copy_of(&self.device, own)?);
         for step in 0..n {
-            let next = (step + 1 < n).then(|| {
-                let room = Typed::<T>::new(Buffer::new::<T>(own.len()));
-                self.group.shift_start(Lent::<T>::new(&here), room, 1)
-            });
+            let next =
+                (step + 1 < n).then(|| shift_start::<T>(&self.group, &here, 1)).transpose()?;
             let owner = (me + n - step) % n;
-            for (b, rows) in here.as_slice::<T>().chunks(self.part * width).enumerate() {
-                visit(b, owner, rows);
+            for b in 0..self.batch {
+                visit(b, owner, here.view().range(b * run..(b + 1) * run))?;
             }
             if let Some(next) = next {
-                here = Arc::new(next.wait().map_err(comm)?.1.0);
+                here = Arc::new(next.wait()?);
             }
         }
         Ok(())
@@ -199,25 +203,22 @@ impl Walk {
         &self,
         width: usize,
         own: &mut Buffer,
-        mut write: impl FnMut(usize, usize, &mut [T]),
+        mut write: impl FnMut(usize, usize, ViewMut<'_, T>) -> Result<()>,
     ) -> Result<()> {
-        let (n, me) = (self.group.world_size(), self.group.rank());
-        let len = self.batch * self.part * width;
-        let mut coming: Option<Pending<(Typed<T>, Typed<T>)>> = None;
+        let (n, me, run) = (self.group.world_size(), self.group.rank(), self.part * width);
+        let mut coming: Option<InFlight<T>> = None;
         for step in 0..n {
             // The sum for rank r starts at r + 1 and ends at r.
             let owner = (me + n - 1 - step) % n;
-            let mut term = Buffer::new::<T>(len);
-            for (b, rows) in term.as_mut_slice::<T>().chunks_mut(self.part * width).enumerate() {
-                write(b, owner, rows);
+            let mut term = Buffer::on(&self.device, self.batch * run * size_of::<T>())?;
+            for b in 0..self.batch {
+                write(b, owner, term.view_mut().range(b * run..(b + 1) * run))?;
             }
             if let Some(coming) = coming.take() {
-                let (_, sum) = coming.wait().map_err(comm)?;
-                kernels::add_assign(sum.0.as_slice::<T>(), term.as_mut_slice());
+                kernels::add_assign(coming.wait()?.view::<T>(), term.view_mut())?;
             }
             if step + 1 < n {
-                let room = Typed::new(Buffer::new::<T>(len));
-                coming = Some(self.group.shift_start(Typed::new(term), room, 1));
+                coming = Some(shift_start(&self.group, &Arc::new(term), 1)?);
             } else {
                 *own = term;
             }
@@ -242,16 +243,23 @@ mod tests {
         let multiplied = AtomicBool::new(false);
         on_ranks(2, |world| {
             let mesh = Mesh::new(&world, &[("tp", 2)]).unwrap();
-            let walk = Walk { group: mesh.group("tp").unwrap().clone(), batch: 1, part: 4 };
+            let walk = Walk {
+                group: mesh.group("tp").unwrap().clone(),
+                batch: 1,
+                part: 4,
+                device: Device::Cpu,
+            };
             let start = Instant::now();
             while world.rank() == 1 && !multiplied.load(Ordering::SeqCst) {
                 assert!(start.elapsed() < Duration::from_secs(5), "rank 0 waits for this one");
                 std::thread::sleep(Duration::from_millis(1));
             }
             let mut owners = vec![];
-            walk.gather(&[world.rank() as f32; 4], 1, |_, owner, rows| {
+            walk.gather(View::Cpu(&[world.rank() as f32; 4]), 1, |_, owner, rows| {
                 multiplied.store(true, Ordering::SeqCst);
+                let View::Cpu(rows) = rows else { unreachable!("on the host") };
                 owners.push((owner, rows[0] as usize));
+                Ok(())
             })
             .unwrap();
             let me = world.rank();
@@ -266,15 +274,16 @@ mod tests {
         on_ranks(n, |world| {
             let mesh = Mesh::new(&world, &[("tp", n)]).unwrap();
             let group = mesh.group("tp").unwrap().clone();
-            let walk = Walk { group: group.clone(), batch: 1, part };
+            let walk = Walk { group: group.clone(), batch: 1, part, device: Device::Cpu };
             let own = vec![1.0f32; part * width];
             let chunk = own.len() * size_of::<f32>();
             let posted = || group.counters().calls() as usize;
             let (mut step, base) = (0, memory_stats().in_use);
             reset_peak();
-            walk.gather(&own, width, |_, _, _| {
+            walk.gather(View::Cpu(&own[..]), width, |_, _, _| {
                 assert_eq!(posted(), (step + 1).min(n - 1));
                 step += 1;
+                Ok(())
             })
             .unwrap();
             // What is here and what is coming.
@@ -283,10 +292,10 @@ mod tests {
             let mut sum = Buffer::new::<f32>(own.len());
             let base = memory_stats().in_use;
             (step, _) = (0, reset_peak());
-            walk.scatter(width, &mut sum, |_, _, term: &mut [f32]| {
+            walk.scatter(width, &mut sum, |_, _, term: ViewMut<'_, f32>| {
                 assert_eq!(posted() - before, step);
-                term.fill(1.0);
                 step += 1;
+                kernels::fill(term, 1.0)
             })
             .unwrap();
             assert!(sum.as_slice::<f32>().iter().all(|x| *x == n as f32));

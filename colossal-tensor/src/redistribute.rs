@@ -312,13 +312,3 @@ fn swap<T: Element>(
 fn outer(shape: &[usize], d: usize) -> usize {
     shape[..d].iter().product()
 }
-
-/// `[a, b, inner]` to `[b, a, inner]`.
-pub(crate) fn swap_outer<T: Copy>(src: &[T], dst: &mut [T], a: usize, b: usize, inner: usize) {
-    for i in 0..a {
-        for j in 0..b {
-            let (from, to) = ((i * b + j) * inner, (j * a + i) * inner);
-            dst[to..to + inner].copy_from_slice(&src[from..from + inner]);
-        }
-    }
-}

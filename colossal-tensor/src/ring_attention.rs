@@ -15,18 +15,20 @@
 
 use std::sync::Arc;
 
-use bytemuck::Pod;
-use colossal_comm::{Group, Pending};
-use colossal_kernels::{self as kernels, AttentionShape, Float};
+use colossal_comm::Group;
+use colossal_kernels::{AttentionShape, Float};
 
 use crate::autograd::{pretended, record};
+use crate::collectives::{self, InFlight, shift_start};
+use crate::device::Device;
 use crate::dtype::{Element, float};
 use crate::error::{Error, Result, comm};
-use crate::ops::{AttentionMask, produce_on_host};
+use crate::kernels;
+use crate::ops::{AttentionMask, produce};
 use crate::placement::Context;
-use crate::redistribute::swap_outer;
-use crate::storage::{Buffer, Lent, Typed};
+use crate::storage::Buffer;
 use crate::tensor::Tensor;
+use crate::view::{View, ViewMut};
 
 /// Attention of queries to the keys of all ranks along `axes` (the outer ring first).
 pub(crate) fn ring_attention(
@@ -43,42 +45,40 @@ pub(crate) fn ring_attention(
     }
     let (layout, dtype) = (q.layout(), q.dtype());
     if q.scope().is_fake() {
-        let out = produce_on_host(q.scope(), q.shape(), dtype, layout, |_| Ok(()))?;
+        let out = Tensor::pretend(q.scope(), q.shape(), dtype, layout);
         pretend_to_send(k, axes);
         let saved = out.clone();
         return Ok(pretended("ring_attention", out, &[q, k, v], &[q, k, v, &saved]));
     }
     let ring = Ring::new(q, k, mask, axes)?;
-    let mut lse = Buffer::new::<f32>(ring.chunks * ring.batch * ring.heads * ring.chunk);
-    let out = produce_on_host(q.scope(), q.shape(), dtype, layout, |out| {
+    let mut lse = q.scope().room::<f32>(ring.chunks * ring.batch * ring.heads * ring.chunk)?;
+    let out = produce(q.scope(), q.shape(), dtype, layout, |out| {
         float!("ring_attention", dtype, T => {
-            let (q, k, v) = (q.read::<T>()?, k.read::<T>()?, v.read::<T>()?);
-            let (q, k, v) = (q.as_slice::<T>(), k.as_slice::<T>(), v.as_slice::<T>());
-            ring.forward(q, k, v, out.as_mut_slice(), lse.as_mut_slice())
+            let (q, k, v) = (q.lend::<T>()?, k.lend::<T>()?, v.lend::<T>()?);
+            let qkv = [q.view::<T>(), k.view(), v.view()];
+            ring.forward(qkv, out.view_mut(), lse.view_mut())
         })
     })?;
     let (q_saved, k_saved, v_saved, saved) = (q.detach(), k.detach(), v.detach(), out.clone());
     Ok(record("ring_attention", out, &[q, k, v], move |dout, back| {
-        let scope = dout.scope().clone();
-        let mut dk = Buffer::with_bytes(k_saved.len() * dtype.bytes());
-        let mut dv = Buffer::with_bytes(v_saved.len() * dtype.bytes());
-        let dq = produce_on_host(&scope, q_saved.shape(), dtype, dout.layout(), |dq| {
+        let (scope, layout) = (dout.scope().clone(), dout.layout());
+        let [mut dk, mut dv] = [
+            Buffer::on(scope.device(), k_saved.len() * dtype.bytes())?,
+            Buffer::on(scope.device(), v_saved.len() * dtype.bytes())?,
+        ];
+        let dq = produce(&scope, q_saved.shape(), dtype, layout, |dq| {
             float!("ring_attention", dtype, T => {
-                ring.backward(
-                    [
-                        q_saved.read::<T>()?.as_slice::<T>(),
-                        k_saved.read::<T>()?.as_slice::<T>(),
-                        v_saved.read::<T>()?.as_slice::<T>(),
-                        saved.read::<T>()?.as_slice::<T>(),
-                        dout.read::<T>()?.as_slice::<T>(),
-                    ],
-                    lse.as_slice(),
-                    [dq.as_mut_slice(), dk.as_mut_slice(), dv.as_mut_slice()],
+                let (q, k, v) = (q_saved.lend::<T>()?, k_saved.lend::<T>()?, v_saved.lend::<T>()?);
+                let (out, dout) = (saved.lend::<T>()?, dout.lend::<T>()?);
+                ring.backward::<T>(
+                    [q.view(), k.view(), v.view(), out.view(), dout.view()],
+                    lse.view(),
+                    [dq.view_mut(), dk.view_mut(), dv.view_mut()],
                 )
             })
         })?;
-        back.give(2, Tensor::place(&scope, dv, v_saved.shape(), dtype, dout.layout())?)?;
-        back.give(1, Tensor::place(&scope, dk, k_saved.shape(), dtype, dout.layout())?)?;
+        back.give(2, Tensor::wrap(&scope, dv, v_saved.shape(), dtype, layout))?;
+        back.give(1, Tensor::wrap(&scope, dk, k_saved.shape(), dtype, layout))?;
         back.give(0, dq)
     }))
 }
@@ -112,6 +112,7 @@ struct Ring {
     kv_heads: usize,
     head_dim: usize,
     mask: AttentionMask,
+    device: Device,
 }
 
 impl Ring {
@@ -139,6 +140,7 @@ impl Ring {
             kv_heads: k.shape()[2],
             head_dim,
             mask: mask.clone(),
+            device: scope.device().clone(),
         })
     }
 
@@ -175,15 +177,30 @@ impl Ring {
         (rows * self.heads, rows * self.kv_heads)
     }
 
-    /// `[batch, chunks, ..]` to `[chunks, batch, ..]`.
-    fn pack<T: Copy>(&self, x: &[T], heads: usize, to: &mut [T]) {
-        swap_outer(x, to, self.batch, self.chunks, self.chunk * heads * self.head_dim);
+    fn room<T: Element>(&self, len: usize) -> Result<Buffer> {
+        Buffer::on(&self.device, len * size_of::<T>())
     }
 
-    fn packed<T: Pod>(&self, x: &[T], heads: usize) -> Buffer {
-        let mut buffer = Buffer::new::<T>(x.len());
-        self.pack(x, heads, buffer.as_mut_slice());
-        buffer
+    /// `[batch, chunks, ..]` to `[chunks, batch, ..]`.
+    fn pack<T: Element>(&self, x: View<'_, T>, to: ViewMut<'_, T>) -> Result<()> {
+        let (b, c) = (self.batch, self.chunks);
+        let run = x.len() / (b * c).max(1);
+        kernels::copy_block(x, [c * run, run], [b, c, run], to, [run, b * run])
+    }
+
+    fn packed<T: Element>(&self, x: View<'_, T>) -> Result<Buffer> {
+        let mut buffer = self.room::<T>(x.len())?;
+        self.pack(x, buffer.view_mut())?;
+        Ok(buffer)
+    }
+
+    /// `[chunks, batch, ..]` in f32 back to `[batch, chunks, ..]` in the tensor's type.
+    fn unpack<T: Element + Float>(&self, sum: View<'_, f32>, to: ViewMut<'_, T>) -> Result<()> {
+        let (b, c) = (self.batch, self.chunks);
+        let run = sum.len() / (b * c).max(1);
+        let mut cast = self.room::<T>(sum.len())?;
+        kernels::cast(sum, cast.view_mut::<T>())?;
+        kernels::copy_block(cast.view::<T>(), [b * run, run], [c, b, run], to, [run, c * run])
     }
 
     /// Calls `work` on each pair of chunks of which the queries see keys.
@@ -191,8 +208,8 @@ impl Ring {
         &self,
         me: usize,
         owner: usize,
-        mut work: impl FnMut(usize, usize, &AttentionShape<'_>),
-    ) {
+        mut work: impl FnMut(usize, usize, &AttentionShape<'_>) -> Result<()>,
+    ) -> Result<()> {
         for i in 0..self.chunks {
             for j in 0..self.chunks {
                 let (at, key_at) = (self.place(me, i), self.place(owner, j));
@@ -221,38 +238,37 @@ impl Ring {
                             self.head_dim,
                         )
                     },
-                );
+                )?;
             }
         }
+        Ok(())
     }
 
     /// Keys and values of this rank as they travel: `[k or v, chunks, batch, ..]`.
-    fn keys<T: Element>(&self, k: &[T], v: &[T]) -> Buffer {
-        let mut both = Buffer::new::<T>(k.len() + v.len());
-        let (to_k, to_v) = both.as_mut_slice::<T>().split_at_mut(k.len());
-        self.pack(k, self.kv_heads, to_k);
-        self.pack(v, self.kv_heads, to_v);
-        both
+    fn keys<T: Element>(&self, k: View<'_, T>, v: View<'_, T>) -> Result<Buffer> {
+        let (half, whole) = (k.len(), k.len() + v.len());
+        let mut both = self.room::<T>(whole)?;
+        self.pack(k, both.view_mut().range(0..half))?;
+        self.pack(v, both.view_mut().range(half..whole))?;
+        Ok(both)
     }
 
     /// Walks round the ring(s): `visit(owner, keys, step)` while the next keys are on their way.
     fn travel<T: Element>(
         &self,
         own: Buffer,
-        mut visit: impl FnMut(usize, &[T], usize) -> Result<()>,
+        mut visit: impl FnMut(usize, View<'_, T>, usize) -> Result<()>,
     ) -> Result<()> {
         let mut here = Arc::new(own);
         let mut shifts = vec![0; self.groups.len()];
         for step in 0..self.ranks() {
-            let next = (step + 1 < self.ranks()).then(|| {
-                let room = Typed::<T>::new(Buffer::new::<T>(here.bytes() / size_of::<T>()));
-                let lent = Lent::<T>::new(&here);
-                (self.turn(step), self.groups[self.turn(step)].shift_start(lent, room, 1))
-            });
-            visit(self.owner(&shifts), here.as_slice(), step)?;
-            if let Some((turn, next)) = next {
-                let (_, got) = next.wait().map_err(comm)?;
-                here = Arc::new(got.0);
+            let turn = self.turn(step);
+            let next = (step + 1 < self.ranks())
+                .then(|| shift_start::<T>(&self.groups[turn], &here, 1))
+                .transpose()?;
+            visit(self.owner(&shifts), here.view(), step)?;
+            if let Some(next) = next {
+                here = Arc::new(next.wait()?);
                 shifts[turn] += 1;
             }
         }
@@ -261,135 +277,79 @@ impl Ring {
 
     fn forward<T: Element + Float>(
         &self,
-        q: &[T],
-        k: &[T],
-        v: &[T],
-        out: &mut [T],
-        lse: &mut [f32],
+        [q, k, v]: [View<'_, T>; 3],
+        out: ViewMut<'_, T>,
+        mut lse: ViewMut<'_, f32>,
     ) -> Result<()> {
         let (q_size, kv_size) = self.sizes();
         let rows = self.batch * self.heads * self.chunk;
         let me = self.owner(&vec![0; self.groups.len()]);
-        let queries = self.packed(q, self.heads);
-        let queries = queries.as_slice::<T>();
-        let mut sum = Buffer::zeros::<f32>(q.len());
-        let mut part = Buffer::new::<T>(q_size);
-        let mut part_lse = Buffer::new::<f32>(rows);
-        lse.fill(f32::NEG_INFINITY);
-        self.travel::<T>(self.keys(k, v), |owner, keys, _| {
-            let (k, v) = keys.split_at(keys.len() / 2);
+        let queries = self.packed(q)?;
+        let mut sum = Buffer::zeros_on::<f32>(&self.device, q.len())?;
+        let mut part = self.room::<T>(q_size)?;
+        let mut part_lse = self.room::<f32>(rows)?;
+        kernels::fill(lse.reborrow(), f32::NEG_INFINITY)?;
+        self.travel::<T>(self.keys(k, v)?, |owner, keys, _| {
+            let [k, v] = [0, keys.len() / 2].map(|at| keys.range(at..at + keys.len() / 2));
             self.pairs(me, owner, |i, j, shape| {
-                let (part, part_lse) = (part.as_mut_slice::<T>(), part_lse.as_mut_slice::<f32>());
-                kernels::flash_attention(
-                    shape,
-                    &queries[i * q_size..][..q_size],
-                    &k[j * kv_size..][..kv_size],
-                    &v[j * kv_size..][..kv_size],
-                    part,
-                    part_lse,
-                );
-                let lse = &mut lse[i * rows..][..rows];
-                self.merge(
-                    &mut sum.as_mut_slice::<f32>()[i * q_size..][..q_size],
-                    lse,
-                    part,
-                    part_lse,
-                );
-            });
-            Ok(())
+                let q = queries.view::<T>().range(i * q_size..(i + 1) * q_size);
+                let [k, v] = [k, v].map(|x| x.range(j * kv_size..(j + 1) * kv_size));
+                kernels::flash_attention(shape, q, k, v, part.view_mut(), part_lse.view_mut())?;
+                kernels::merge_attention(
+                    part.view::<T>(),
+                    part_lse.view(),
+                    self.heads,
+                    self.chunk,
+                    sum.view_mut().range(i * q_size..(i + 1) * q_size),
+                    lse.reborrow().range(i * rows..(i + 1) * rows),
+                )
+            })
         })?;
-        // Back to [batch, chunks, ..], in the tensor's type.
-        let sum = sum.as_slice::<f32>();
-        let run = self.chunk * self.heads * self.head_dim;
-        for b in 0..self.batch {
-            for i in 0..self.chunks {
-                let from = &sum[(i * self.batch + b) * run..][..run];
-                let to = &mut out[(b * self.chunks + i) * run..][..run];
-                kernels::cast(from, to);
-            }
-        }
-        Ok(())
-    }
-
-    /// Adds a partial result `[batch, chunk, heads, d]` with its `lse [batch, heads, chunk]`.
-    fn merge<T: Element + Float>(
-        &self,
-        sum: &mut [f32],
-        lse: &mut [f32],
-        part: &[T],
-        part_lse: &[f32],
-    ) {
-        let d = self.head_dim;
-        for b in 0..self.batch {
-            for h in 0..self.heads {
-                for t in 0..self.chunk {
-                    let row = (b * self.heads + h) * self.chunk + t;
-                    let (old, new) = (lse[row], part_lse[row]);
-                    if new == f32::NEG_INFINITY {
-                        continue;
-                    }
-                    let top = old.max(new);
-                    let both = top + ((old - top).exp() + (new - top).exp()).ln();
-                    let (keep, add) = ((old - both).exp(), (new - both).exp());
-                    let at = ((b * self.chunk + t) * self.heads + h) * d;
-                    for (s, p) in sum[at..at + d].iter_mut().zip(&part[at..at + d]) {
-                        *s = *s * keep + p.to_f32() * add;
-                    }
-                    lse[row] = both;
-                }
-            }
-        }
+        self.unpack(sum.view(), out)
     }
 
     fn backward<T: Element + Float>(
         &self,
-        [q, k, v, out, dout]: [&[T]; 5],
-        lse: &[f32],
-        [dq, dk, dv]: [&mut [T]; 3],
+        [q, k, v, out, dout]: [View<'_, T>; 5],
+        lse: View<'_, f32>,
+        [dq, dk, dv]: [ViewMut<'_, T>; 3],
     ) -> Result<()> {
         let (q_size, kv_size) = self.sizes();
         let rows = self.batch * self.heads * self.chunk;
         let me = self.owner(&vec![0; self.groups.len()]);
-        let [q, out, dout] = [q, out, dout].map(|x| self.packed(x, self.heads));
-        let block = |i: usize| i * q_size..(i + 1) * q_size;
-        let mut dq_sum = Buffer::zeros::<f32>(dq.len());
-        let mut part = Buffer::new::<T>(q_size + 2 * kv_size);
+        let (q, out, dout) = (self.packed(q)?, self.packed(out)?, self.packed(dout)?);
+        let mut dq_sum = Buffer::zeros_on::<f32>(&self.device, dq.len())?;
+        let mut part_q = self.room::<T>(q_size)?;
+        let [mut part_k, mut part_v] = [self.room::<T>(kv_size)?, self.room::<T>(kv_size)?];
         let both = 2 * self.chunks * kv_size;
         // The gradients of the block that is here: they follow it, one step behind.
-        let mut following: Option<Pending<(Typed<f32>, Typed<f32>)>> = None;
+        let mut following: Option<InFlight<f32>> = None;
         let mut home = None;
-        self.travel::<T>(self.keys(k, v), |owner, keys, step| {
-            let (k, v) = keys.split_at(keys.len() / 2);
-            let mut dkv = Buffer::zeros::<f32>(both);
+        self.travel::<T>(self.keys(k, v)?, |owner, keys, step| {
+            let [k, v] = [0, keys.len() / 2].map(|at| keys.range(at..at + keys.len() / 2));
+            let mut dkv = Buffer::zeros_on::<f32>(&self.device, both)?;
             self.pairs(me, owner, |i, j, shape| {
-                let (part_q, part_kv) = part.as_mut_slice::<T>().split_at_mut(q_size);
-                let (part_k, part_v) = part_kv.split_at_mut(kv_size);
+                let own = i * q_size..(i + 1) * q_size;
+                let [q, out, dout] = [&q, &out, &dout].map(|x| x.view::<T>().range(own.clone()));
+                let [k, v] = [k, v].map(|x| x.range(j * kv_size..(j + 1) * kv_size));
+                let lse = lse.range(i * rows..(i + 1) * rows);
+                let (to_q, to_k, to_v) = (part_q.view_mut(), part_k.view_mut(), part_v.view_mut());
                 kernels::flash_attention_backward(
-                    shape,
-                    &q.as_slice::<T>()[block(i)],
-                    &k[j * kv_size..][..kv_size],
-                    &v[j * kv_size..][..kv_size],
-                    &out.as_slice::<T>()[block(i)],
-                    &lse[i * rows..][..rows],
-                    &dout.as_slice::<T>()[block(i)],
-                    part_q,
-                    part_k,
-                    part_v,
-                );
-                let dq = &mut dq_sum.as_mut_slice::<f32>()[i * q_size..][..q_size];
-                kernels::add_into(part_q, dq);
-                let (dk, dv) = dkv.as_mut_slice::<f32>().split_at_mut(both / 2);
-                kernels::add_into(part_k, &mut dk[j * kv_size..][..kv_size]);
-                kernels::add_into(part_v, &mut dv[j * kv_size..][..kv_size]);
-            });
+                    shape, q, k, v, out, lse, dout, to_q, to_k, to_v,
+                )?;
+                kernels::add_into(part_q.view::<T>(), dq_sum.view_mut().range(own))?;
+                for (at, part) in [(0, &part_k), (both / 2, &part_v)] {
+                    let at = at + j * kv_size;
+                    kernels::add_into(part.view::<T>(), dkv.view_mut().range(at..at + kv_size))?;
+                }
+                Ok(())
+            })?;
             if let Some(following) = following.take() {
-                let (_, got) = following.wait().map_err(comm)?;
-                kernels::add_assign(got.0.as_slice::<f32>(), dkv.as_mut_slice());
+                kernels::add_assign(following.wait()?.view::<f32>(), dkv.view_mut())?;
             }
             if step + 1 < self.ranks() {
-                let room = Typed::new(Buffer::new::<f32>(both));
                 let group = &self.groups[self.turn(step)];
-                following = Some(group.shift_start(Typed::new(dkv), room, 1));
+                following = Some(shift_start(group, &Arc::new(dkv), 1)?);
             } else {
                 home = Some(dkv);
             }
@@ -404,25 +364,13 @@ impl Ring {
             let n = group.world_size();
             let rest = (n - gone % n) % n;
             if rest > 0 {
-                let mut got = Buffer::new::<f32>(both);
-                group.shift(dkv.as_slice::<f32>(), got.as_mut_slice(), rest).map_err(comm)?;
+                let mut got = self.room::<f32>(both)?;
+                collectives::shift(group, dkv.view::<f32>(), got.view_mut(), rest)?;
                 dkv = got;
             }
         }
-        let (dk_sum, dv_sum) = dkv.as_slice::<f32>().split_at(both / 2);
-        for (sum, heads, to) in [
-            (dq_sum.as_slice::<f32>(), self.heads, dq),
-            (dk_sum, self.kv_heads, dk),
-            (dv_sum, self.kv_heads, dv),
-        ] {
-            let run = self.chunk * heads * self.head_dim;
-            for b in 0..self.batch {
-                for i in 0..self.chunks {
-                    let from = &sum[(i * self.batch + b) * run..][..run];
-                    kernels::cast(from, &mut to[(b * self.chunks + i) * run..][..run]);
-                }
-            }
-        }
-        Ok(())
+        self.unpack(dq_sum.view(), dq)?;
+        self.unpack(dkv.view().range(0..both / 2), dk)?;
+        self.unpack(dkv.view().range(both / 2..both), dv)
     }
 }

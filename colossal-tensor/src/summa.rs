@@ -15,19 +15,21 @@
 //! First form: forward x + w; backward w + (q - 1) x for the input, x + (q - 1) w for the weight.
 //! Second form: forward w + (q - 1) y; backward y + w for the input, y + (q - 1) w for the weight.
 
-use bytemuck::Pod;
 use colossal_comm::{Group, ReduceOp};
-use colossal_kernels::{self as kernels, Epilogue, Mat, MatMut};
 
 use crate::autograd::{Weight, pretended, record};
+use crate::collectives::{self, InFlight, broadcast_start};
+use crate::device::Device;
 use crate::dtype::{Element, float};
 use crate::error::{Error, Result, comm};
-use crate::ops::produce_on_host;
+use crate::kernels::{self, Mat};
+use crate::ops::produce;
 use crate::placement::Cut;
 use crate::placement::Placement::Shard;
 use crate::propagate::{self, propagate};
-use crate::storage::{Buffer, Typed};
+use crate::storage::Buffer;
 use crate::tensor::Tensor;
+use crate::view::{View, ViewMut};
 
 /// The axes of a grid on which `w` lies in blocks: rows and columns.
 pub(crate) fn grid(w: &Tensor) -> Option<[usize; 2]> {
@@ -75,21 +77,18 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, [row, col]: [usize; 2]) -> Result<T
         return Ok(pretended("linear", y, &[x, w], &[x]));
     }
     let grid = Grid::new(x, row, col)?;
-    let y = produce_on_host(x.scope(), &shape, x.dtype(), layout, |y| {
+    let y = produce(x.scope(), &shape, x.dtype(), layout, |y| {
         float!("linear", x.dtype(), T => {
-            let (x, w) = (x.read::<T>()?, w.read::<T>()?);
-            let (x, w) = (x.as_slice::<T>(), w.as_slice::<T>());
+            let (x, w) = (x.lend::<T>()?, w.lend::<T>()?);
+            let (x, w) = (x.view::<T>(), w.view::<T>());
             if second {
-                return grid.sum_along_rows(w, y.as_mut_slice(), |w, part| {
-                    let product = MatMut::new(part, m, n);
-                    let plain = Epilogue::default();
-                    kernels::gemm(Mat::new(x, m, k), Mat::new(w, n, k).t(), product, &plain);
+                return grid.sum_along_rows(w, y.view_mut(), |w, part| {
+                    kernels::gemm(Mat::new(x, m, k), Mat::new(w, n, k).t(), part, None, false)
                 });
             }
             grid.outer(x, w, |l, x, w| {
-                let add = Epilogue { accumulate: l > 0, ..Epilogue::default() };
-                let y = MatMut::new(y.as_mut_slice::<T>(), m, n);
-                kernels::gemm(Mat::new(x, m, k), Mat::new(w, n, k).t(), y, &add);
+                let y = y.view_mut::<T>();
+                kernels::gemm(Mat::new(x, m, k), Mat::new(w, n, k).t(), y, None, l > 0)
             })
         })
     })?;
@@ -98,21 +97,18 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, [row, col]: [usize; 2]) -> Result<T
         let x = x_saved;
         if back.wants(0) {
             let layout = x.layout().dual();
-            let dx = produce_on_host(x.scope(), x.shape(), x.dtype(), layout, |dx| {
+            let dx = produce(x.scope(), x.shape(), x.dtype(), layout, |dx| {
                 float!("linear", dy.dtype(), T => {
-                    let (dy, w) = (dy.read::<T>()?, w_saved.read::<T>()?);
-                    let (dy, w) = (dy.as_slice::<T>(), w.as_slice::<T>());
+                    let (dy, w) = (dy.lend::<T>()?, w_saved.lend::<T>()?);
+                    let (dy, w) = (dy.view::<T>(), w.view::<T>());
                     if second {
                         return grid.outer(dy, w, |l, dy, w| {
-                            let add = Epilogue { accumulate: l > 0, ..Epilogue::default() };
-                            let dx = MatMut::new(dx.as_mut_slice::<T>(), m, k);
-                            kernels::gemm(Mat::new(dy, m, n), Mat::new(w, n, k), dx, &add);
+                            let dx = dx.view_mut::<T>();
+                            kernels::gemm(Mat::new(dy, m, n), Mat::new(w, n, k), dx, None, l > 0)
                         });
                     }
-                    grid.sum_along_rows(w, dx.as_mut_slice(), |w, part| {
-                        let product = MatMut::new(part, m, k);
-                        let plain = Epilogue::default();
-                        kernels::gemm(Mat::new(dy, m, n), Mat::new(w, n, k), product, &plain);
+                    grid.sum_along_rows(w, dx.view_mut(), |w, part| {
+                        kernels::gemm(Mat::new(dy, m, n), Mat::new(w, n, k), part, None, false)
                     })
                 })
             })?;
@@ -121,13 +117,12 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, [row, col]: [usize; 2]) -> Result<T
         if !back.wants(1) {
             return Ok(());
         }
-        back.weight_on_host(1, &like, move |dw| {
+        back.weight(1, &like, move |dw| {
             float!("linear", dy.dtype(), T => {
-                let (dy, x) = (dy.read::<T>()?, x.read::<T>()?);
-                let (dy, x) = (dy.as_slice::<T>(), x.as_slice::<T>());
-                let product = |dy: &[T], x: &[T], part: &mut [f32]| {
-                    let (dy, x) = (Mat::new(dy, m, n).t(), Mat::new(x, m, k));
-                    kernels::gemm(dy, x, MatMut::new(part, n, k), &Epilogue::default());
+                let (dy, x) = (dy.lend::<T>()?, x.lend::<T>()?);
+                let (dy, x) = (dy.view::<T>(), x.view::<T>());
+                let product = |dy: View<'_, T>, x: View<'_, T>, part: ViewMut<'_, f32>| {
+                    kernels::gemm(Mat::new(dy, m, n).t(), Mat::new(x, m, k), part, None, false)
                 };
                 // The operand that belongs to step l comes along the row; the sum goes up the
                 // column, to the rank that holds the weight's block.
@@ -147,6 +142,7 @@ struct Grid {
     column: Group,
     /// Ranks of the same row.
     row: Group,
+    device: Device,
 }
 
 impl Grid {
@@ -155,7 +151,8 @@ impl Grid {
         let group = |axis: usize| -> Result<Group> {
             Ok(scope.mesh().group(&scope.axis(axis).0).map_err(comm)?.clone())
         };
-        let grid = Grid { column: group(row)?, row: group(col)? };
+        let device = scope.device().clone();
+        let grid = Grid { column: group(row)?, row: group(col)?, device };
         if grid.column.world_size() != grid.row.world_size() {
             let text = "summa: the grid must be square; give its two axes one size";
             return Err(Error::Other(text.into()));
@@ -171,19 +168,21 @@ impl Grid {
     /// ones on their way meanwhile.
     fn outer<T: Element>(
         &self,
-        a: &[T],
-        b: &[T],
-        mut visit: impl FnMut(usize, &[T], &[T]),
+        a: View<'_, T>,
+        b: View<'_, T>,
+        mut visit: impl FnMut(usize, View<'_, T>, View<'_, T>) -> Result<()>,
     ) -> Result<()> {
-        let start = |l: usize| (start(&self.row, a, l), start(&self.column, b, l));
-        let mut coming = Some(start(0));
+        let start = |l: usize| -> Result<(InFlight<T>, InFlight<T>)> {
+            Ok((self.start(&self.row, a, l)?, self.start(&self.column, b, l)?))
+        };
+        let mut coming = Some(start(0)?);
         for l in 0..self.side() {
             let Some((a, b)) = coming.take() else { break };
-            let (a, b) = (a.wait().map_err(comm)?, b.wait().map_err(comm)?);
+            let (a, b) = (a.wait()?, b.wait()?);
             if l + 1 < self.side() {
-                coming = Some(start(l + 1));
+                coming = Some(start(l + 1)?);
             }
-            visit(l, a.as_ref(), b.as_ref());
+            visit(l, a.view(), b.view())?;
         }
         Ok(())
     }
@@ -191,60 +190,62 @@ impl Grid {
     /// In step l: block l of `b` along this column, a product of it, summed along the row at l.
     fn sum_along_rows<T: Element>(
         &self,
-        b: &[T],
-        out: &mut [T],
-        term: impl FnMut(&[T], &mut [T]),
+        b: View<'_, T>,
+        out: ViewMut<'_, T>,
+        term: impl FnMut(View<'_, T>, ViewMut<'_, T>) -> Result<()>,
     ) -> Result<()> {
-        let keep = |sum: &[T], out: &mut [T]| out.copy_from_slice(sum);
-        self.sums((&self.column, b), &self.row, out, term, keep)
+        self.sums((&self.column, b), &self.row, out, term, |sum, out| out.copy(sum))
     }
 
     /// In step l: block l of `a` along this row, a product of it, summed along the column at l
     /// and added to `out`.
     fn sum_along_columns<T: Element>(
         &self,
-        a: &[T],
-        out: &mut [f32],
-        term: impl FnMut(&[T], &mut [f32]),
+        a: View<'_, T>,
+        out: ViewMut<'_, f32>,
+        term: impl FnMut(View<'_, T>, ViewMut<'_, f32>) -> Result<()>,
     ) -> Result<()> {
         self.sums((&self.row, a), &self.column, out, term, kernels::add_assign)
     }
 
     fn sums<T: Element, U: Element>(
         &self,
-        (from, own): (&Group, &[T]),
+        (from, own): (&Group, View<'_, T>),
         to: &Group,
-        out: &mut [U],
-        mut term: impl FnMut(&[T], &mut [U]),
-        keep: impl Fn(&[U], &mut [U]),
+        mut out: ViewMut<'_, U>,
+        mut term: impl FnMut(View<'_, T>, ViewMut<'_, U>) -> Result<()>,
+        keep: impl Fn(View<'_, U>, ViewMut<'_, U>) -> Result<()>,
     ) -> Result<()> {
-        let mut part = Buffer::new::<U>(out.len());
-        let mut coming = Some(start(from, own, 0));
+        let mut part = Buffer::on(&self.device, out.len() * size_of::<U>())?;
+        let mut coming = Some(self.start(from, own, 0)?);
         for l in 0..self.side() {
             let Some(block) = coming.take() else { break };
-            let block = block.wait().map_err(comm)?;
+            let block = block.wait()?;
             if l + 1 < self.side() {
-                coming = Some(start(from, own, l + 1));
+                coming = Some(self.start(from, own, l + 1)?);
             }
-            let part = part.as_mut_slice::<U>();
-            term(block.as_ref(), part);
-            to.reduce(part, ReduceOp::Sum, l).map_err(comm)?;
+            term(block.view(), part.view_mut())?;
+            collectives::reduce(to, part.view_mut::<U>(), ReduceOp::Sum, l)?;
             if to.rank() == l {
-                keep(part, out);
+                keep(part.view(), out.reborrow())?;
             }
         }
         Ok(())
     }
-}
 
-/// Sends block `root` to a group, of which `own` is this rank's.
-fn start<T: Element>(group: &Group, own: &[T], root: usize) -> colossal_comm::Pending<Typed<T>> {
-    let block = block::<T>(group.rank() == root, own);
-    group.broadcast_start(block, root)
-}
-
-fn block<T: Pod>(here: bool, own: &[T]) -> Typed<T> {
-    Typed::new(if here { Buffer::from_slice(own) } else { Buffer::new::<T>(own.len()) })
+    /// Sends block `root` to a group, of which `own` is this rank's.
+    fn start<T: Element>(
+        &self,
+        group: &Group,
+        own: View<'_, T>,
+        root: usize,
+    ) -> Result<InFlight<T>> {
+        let block = match group.rank() == root {
+            true => Buffer::copy_of(&self.device, own)?,
+            false => Buffer::on(&self.device, own.len() * size_of::<T>())?,
+        };
+        broadcast_start(group, block, root)
+    }
 }
 
 #[cfg(test)]
@@ -261,15 +262,17 @@ mod tests {
         on_ranks(q * q, |world| {
             let mesh = Mesh::new(&world, &[("row", q), ("col", q)]).unwrap();
             let group = |axis| mesh.group(axis).unwrap().clone();
-            let grid = Grid { column: group("row"), row: group("col") };
+            let device = Device::Cpu;
+            let grid = Grid { column: group("row"), row: group("col"), device };
             let own = vec![world.rank() as f32; len];
             let sent = |group: &Group, verb| group.counters().calls_of(verb);
             let base = memory_stats().in_use;
             reset_peak();
-            grid.outer(&own, &own, |l, _, _| {
+            grid.outer(View::Cpu(&own[..]), View::Cpu(&own[..]), |l, _, _| {
                 let posted = (l + 2).min(q) as u64;
                 assert_eq!(sent(&grid.row, Verb::Broadcast), posted);
                 assert_eq!(sent(&grid.column, Verb::Broadcast), posted);
+                Ok(())
             })
             .unwrap();
             let block = len * size_of::<f32>();
@@ -278,10 +281,12 @@ mod tests {
             let before = sent(&grid.column, Verb::Broadcast);
             let (mut l, mut out) = (0, own.clone());
             reset_peak();
-            grid.sum_along_rows(&own, &mut out, |_, _: &mut [f32]| {
+            let out = ViewMut::Cpu(&mut out[..]);
+            grid.sum_along_rows(View::Cpu(&own[..]), out, |_, _| {
                 assert_eq!(sent(&grid.column, Verb::Broadcast) - before, (l + 2).min(q) as u64);
                 assert_eq!(sent(&grid.row, Verb::Reduce), l as u64);
                 l += 1;
+                Ok(())
             })
             .unwrap();
             // Two blocks and the sum of a step.

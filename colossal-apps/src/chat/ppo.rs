@@ -250,8 +250,7 @@ fn token_losses(model: &CausalLm, rows: &[&[i32]]) -> colossal_models::Result<Te
         targets[i * seq..i * seq + row.len() - 1].copy_from_slice(&row[1..]);
     }
     let tokens = Tokens::padded(model.scope(), &ids, seq, lengths)?;
-    let targets = tokens.ids.same_place(&targets)?;
-    model.forward(tokens)?.cross_entropy(&targets)
+    model.losses(tokens, &targets)
 }
 
 struct Update {

@@ -2,8 +2,8 @@
 
 use super::{
     Source, activation, attention, blocks, cast, cross_entropy, decode, elementwise, embedding,
-    factored, fp8, gemm, hopper, int8, layerwise, norm, optimizer, ranks, reduce, rope, rows,
-    softmax,
+    factored, fp8, gemm, hopper, int8, layerwise, norm, optimizer, partial_softmax, ranks, reduce,
+    rope, rows, softmax, wide_norm,
 };
 
 /// A file of kernels, and what it is compiled under.
@@ -24,7 +24,9 @@ pub fn catalog() -> Vec<Build> {
         &activation::ACTIVATION,
         &norm::NORM,
         &softmax::SOFTMAX,
+        &wide_norm::WIDE_NORM,
         &cross_entropy::CROSS_ENTROPY,
+        &partial_softmax::PARTIAL_SOFTMAX,
         &rope::ROPE,
         &embedding::EMBEDDING,
         &reduce::REDUCE,

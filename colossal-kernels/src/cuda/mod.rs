@@ -46,6 +46,7 @@ mod memory;
 mod module;
 mod norm;
 mod optimizer;
+mod partial_softmax;
 mod ranks;
 mod reduce;
 mod rope;
@@ -53,6 +54,7 @@ mod rows;
 mod slice;
 mod softmax;
 mod stream;
+mod wide_norm;
 
 pub use activation::{
     gelu, gelu_backward, gelu_tanh, gelu_tanh_backward, relu, relu_backward, silu, silu_backward,
@@ -80,10 +82,12 @@ pub use module::{Function, Grid, Source};
 pub(crate) use module::{args, source};
 pub use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub use optimizer::{adamw, adamw_masters, lion, scale_many, sum_of_squares, sum_of_squares_many};
+pub use partial_softmax::{merge_attention, vocabulary_loss, vocabulary_terms};
 pub use ranks::{RankOp, reduce_ranks};
 pub use reduce::{max, sum, sum_last, sum_rows};
 pub use rope::{rope, rope_backward};
 pub use rows::{combine_rows, combine_rows_backward};
 pub use slice::{Arg, Slice, SliceMut};
 pub use softmax::{log_softmax, log_softmax_backward, softmax, softmax_backward};
-pub use stream::{Event, Stream, Transfer};
+pub use stream::{Event, Stream, Transfer, WeakStream};
+pub use wide_norm::{row_moment, wide_norm, wide_norm_backward, wide_norm_sums};

@@ -1,6 +1,6 @@
 //! Streams: queues of work in order; and events, which order one after another.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use bytemuck::Pod;
 use cudarc::driver::sys::{CUevent, CUevent_flags, CUresult};
@@ -21,6 +21,22 @@ pub struct Stream {
     blas: Arc<OnceLock<Option<Blas>>>,
     /// Scratch of kernels, grown to the largest need.
     scratch: Arc<Mutex<Vec<Block>>>,
+    /// Made when it is first asked for.
+    beside: Arc<OnceLock<Stream>>,
+}
+
+/// A stream that others own.
+#[derive(Debug, Clone)]
+pub struct WeakStream {
+    device: Device,
+    stream: Weak<CudaStream>,
+}
+
+impl WeakStream {
+    /// The stream, while an owner is left. Its scratch and its library of products are its own.
+    pub fn upgrade(&self) -> Option<Stream> {
+        Some(Stream::of(&self.device, self.stream.upgrade()?))
+    }
 }
 
 type Elapsed = unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult;
@@ -45,8 +61,30 @@ impl Stream {
     pub fn on(device: &Device) -> Result<Stream> {
         device.bind()?;
         let stream = device.context().new_stream().doing(device.ordinal(), "making a stream")?;
-        let (blas, scratch) = (Arc::default(), Arc::default());
-        Ok(Stream { device: device.clone(), stream, blas, scratch })
+        Ok(Stream::of(device, stream))
+    }
+
+    fn of(device: &Device, stream: Arc<CudaStream>) -> Stream {
+        let (blas, scratch, beside) = (Arc::default(), Arc::default(), Arc::default());
+        Stream { device: device.clone(), stream, blas, scratch, beside }
+    }
+
+    /// A second queue beside it, which it owns: for messages that its work does not wait for.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn beside(&self) -> Result<&Stream> {
+        if let Some(stream) = self.beside.get() {
+            return Ok(stream);
+        }
+        let made = Stream::on(&self.device)?;
+        // Of two threads that come at once the first's is kept.
+        Ok(self.beside.get_or_init(|| made))
+    }
+
+    /// It without owning it.
+    pub fn downgrade(&self) -> WeakStream {
+        WeakStream { device: self.device.clone(), stream: Arc::downgrade(&self.stream) }
     }
 
     /// Its device.

@@ -463,8 +463,7 @@ pub fn lm_loss(model: &CausalLm, batch: &Batch, training: Option<Training>) -> R
     let batch = &batch.padded_to(batch.seq.next_multiple_of(multiple));
     let mut tokens = Tokens::padded(model.scope(), &batch.ids, batch.seq, batch.lengths.clone())?;
     tokens.training = training;
-    let targets = tokens.ids.same_place(&batch.targets)?;
-    model.forward(tokens)?.cross_entropy(&targets)?.sum()
+    model.losses(tokens, &batch.targets)?.sum()
 }
 
 fn dropout_stream(seed: u64, step: u64) -> Stream {

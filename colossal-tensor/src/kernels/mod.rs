@@ -108,6 +108,49 @@ twins! {
     logits_stats(
         logits: View<'_, T>, vocab: usize, max: ViewMut<'_, f32>, sum: ViewMut<'_, f32>,
     );
+    vocabulary_terms(
+        logits: View<'_, T>, targets: View<'_, i32>, vocab: usize, own: View<'_, f32>,
+        max: View<'_, f32>, terms: ViewMut<'_, f32>,
+    );
+    merge_attention(
+        part: View<'_, T>, part_lse: View<'_, f32>, heads: usize, tokens: usize,
+        sum: ViewMut<'_, f32>, lse: ViewMut<'_, f32>,
+    );
+    row_moment(
+        x: View<'_, T>, mean: Option<View<'_, f32>>, scale: f32, out: ViewMut<'_, f32>,
+    );
+    wide_norm(
+        x: View<'_, T>, mean: View<'_, f32>, variance: View<'_, f32>, eps: f32,
+        weight: View<'_, T>, bias: Option<View<'_, T>>, y: ViewMut<'_, T>,
+    );
+    wide_norm_sums(
+        dy: View<'_, T>, x: View<'_, T>, mean: View<'_, f32>, variance: View<'_, f32>, eps: f32,
+        weight: View<'_, T>, scale: f32, sums: ViewMut<'_, f32>,
+    );
+    wide_norm_backward(
+        dy: View<'_, T>, x: View<'_, T>, mean: View<'_, f32>, variance: View<'_, f32>, eps: f32,
+        weight: View<'_, T>, sums: View<'_, f32>, dx: ViewMut<'_, T>, dw: ViewMut<'_, f32>,
+    );
+}
+
+/// [`colossal_kernels::vocabulary_loss`]
+pub fn vocabulary_loss(
+    max: View<'_, f32>,
+    terms: View<'_, f32>,
+    targets: View<'_, i32>,
+    ignore: i32,
+    loss: ViewMut<'_, f32>,
+    lse: ViewMut<'_, f32>,
+) -> Result<()> {
+    match stream_of!(max, terms, targets, loss, lse) {
+        Some(stream) => on_cuda!(stream, (max, terms, targets, loss, lse) => {
+            cuda::vocabulary_loss(&stream, max, terms, targets, ignore, loss, lse)
+        }),
+        None => on_host!((max, terms, targets, loss, lse) => {
+            colossal_kernels::vocabulary_loss(max, terms, targets, ignore, loss, lse);
+        }),
+    }
+    Ok(())
 }
 
 /// [`colossal_kernels::copy_block`]

@@ -1,23 +1,23 @@
 //! Tokens on their way to the ranks that have their experts, and back: calls `comm`.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 
 use colossal_comm::Group;
-use colossal_kernels as host;
+use colossal_kernels::Float;
 
 use super::Routing;
 use crate::autograd::{pretended, record};
+use crate::collectives;
+use crate::device::Device;
 use crate::dtype::{Dtype, Element, float};
 use crate::error::{Error, Result, comm};
 use crate::kernels;
-use crate::ops::{produce, produce_on_host};
-use crate::placement::Layout;
+use crate::ops::produce;
 use crate::placement::Placement::{self, Invariant, Partial, Replicate, Shard};
 use crate::propagate::propagate;
 use crate::storage::Buffer;
 use crate::tensor::{Scope, Tensor};
-use crate::view::View;
+use crate::view::{View, ViewMut};
 
 impl Tensor {
     /// Rows `[rows, h]` of the tokens `[.., h]`, sorted by expert, at the ranks of `journey`.
@@ -36,44 +36,26 @@ impl Tensor {
             return Err(Error::shape("dispatch", self.shape(), &right, "tokens that were routed"));
         }
         journey.pretend_to_send("dispatch", self.scope(), width * self.dtype().bytes());
-        let y = if journey.group.is_none() {
-            produce(self.scope(), &shape, self.dtype(), layout, |y| {
-                float!("dispatch", self.dtype(), T => {
-                    let (x, tokens) = (self.lend::<T>()?, View::Cpu(&journey.tokens[..]));
-                    kernels::embedding(tokens, x.view::<T>(), width, y.view_mut::<T>())
+        let y = produce(self.scope(), &shape, self.dtype(), layout, |y| {
+            float!("dispatch", self.dtype(), T => {
+                let x = self.lend::<T>()?;
+                journey.there(self.scope().device(), width, y.view_mut::<T>(), |rows| {
+                    kernels::embedding(View::Cpu(&journey.tokens[..]), x.view::<T>(), width, rows)
                 })
-            })?
-        } else {
-            produce_on_host(self.scope(), &shape, self.dtype(), layout, |y| {
-                float!("dispatch", self.dtype(), T => {
-                    let x = self.read::<T>()?;
-                    journey.there(width, y.as_mut_slice::<T>(), |rows| {
-                        host::embedding(&journey.tokens, x.as_slice::<T>(), width, rows);
-                    })
-                })
-            })?
-        };
+            })
+        })?;
         let (shape, layout, journey) =
             (self.shape().to_vec(), self.layout().dual(), journey.clone());
         Ok(record("dispatch", y, &[self], move |dy, back| {
             let ones = vec![1.0; journey.choices];
-            let (at, k) = (&journey.places, journey.k);
-            if journey.group.is_none() {
-                let dx = produce(dy.scope(), &shape, dy.dtype(), layout, |dx| {
-                    float!("dispatch", dy.dtype(), T => {
-                        let (dy, dx) = (dy.lend::<T>()?, dx.view_mut::<T>());
-                        let (at, ones) = (View::Cpu(&at[..]), View::Cpu(&ones[..]));
-                        kernels::combine_rows(at, ones, k, dy.view::<T>(), width, dx)
-                    })
-                })?;
-                return back.give(0, dx);
-            }
-            let dx = produce_on_host(dy.scope(), &shape, dy.dtype(), layout, |dx| {
-                float!("dispatch", dy.dtype(), T => {
-                    let dy = dy.read::<T>()?;
-                    let rows = journey.back(dy.as_slice::<T>(), width)?;
-                    host::combine_rows(at, &ones, k, &rows, width, dx.as_mut_slice::<T>());
-                    Ok(())
+            let rows = journey.back(&dy)?;
+            drop(dy);
+            let dx = produce(rows.scope(), &shape, rows.dtype(), layout, |dx| {
+                float!("dispatch", rows.dtype(), T => {
+                    let (at, ones) = (View::Cpu(&journey.places[..]), View::Cpu(&ones[..]));
+                    let rows = rows.lend::<T>()?;
+                    let (rows, dx) = (rows.view::<T>(), dx.view_mut::<T>());
+                    kernels::combine_rows(at, ones, journey.k, rows, width, dx)
                 })
             })?;
             back.give(0, dx)
@@ -103,65 +85,27 @@ impl Tensor {
             return Ok(pretended("combine", y, &[self, weights], &[&rows, weights]));
         }
         let w = weights.to_vec()?;
-        if journey.group.is_none() {
-            return self.combine_here(weights, w, journey, (&shape, layout));
-        }
-        let (y, came) = float!("combine", dtype, T => {
-            let rows = self.read::<T>()?;
-            let rows = journey.back(rows.as_slice::<T>(), width)?;
-            let y = produce_on_host(&scope, &shape, dtype, layout, |y| {
-                host::combine_rows(&journey.places, &w, k, &rows, width, y.as_mut_slice::<T>());
-                Ok(())
-            })?;
-            Ok((y, Buffer::from_slice(&rows)))
+        let rows = journey.back(self)?;
+        let y = produce(&scope, &shape, dtype, layout, |y| {
+            float!("combine", dtype, T => {
+                let (rows, y) = (rows.lend::<T>()?, y.view_mut::<T>());
+                let (at, w) = (View::Cpu(&journey.places[..]), View::Cpu(&w[..]));
+                kernels::combine_rows(at, w, k, rows.view::<T>(), width, y)
+            })
         })?;
         let (row_layout, row_shape) = (self.layout().dual(), self.shape().to_vec());
         let (weight_layout, weight_shape) = (weights.layout().dual(), weights.shape().to_vec());
         let journey = journey.clone();
         Ok(record("combine", y, &[self, weights], move |dy, back| {
-            let mut dw = vec![0.0f32; w.len()];
-            let dx = produce_on_host(&scope, &row_shape, dtype, row_layout, |dx| {
-                float!("combine", dtype, T => {
-                    let dy = dy.read::<T>()?;
-                    let rows = came.as_slice::<T>();
-                    journey.there(width, dx.as_mut_slice::<T>(), |leaving| {
-                        let (at, dy) = (&journey.places, dy.as_slice::<T>());
-                        host::combine_rows_backward(at, &w, k, rows, width, dy, leaving, &mut dw);
-                    })
-                })
-            })?;
-            back.give(1, Tensor::from_slice(&scope, &dw, &weight_shape, weight_layout)?)?;
-            back.give(0, dx)
-        }))
-    }
-
-    /// As [`Tensor::combine_rows`], of rows that never left this rank.
-    fn combine_here(
-        &self,
-        weights: &Tensor,
-        w: Vec<f32>,
-        journey: &Arc<Journey>,
-        (shape, layout): (&[usize], Layout),
-    ) -> Result<Tensor> {
-        let (width, k, scope, dtype) =
-            (self.last_dim(), journey.k, self.scope().clone(), self.dtype());
-        let y = produce(&scope, shape, dtype, layout, |y| {
-            float!("combine", dtype, T => {
-                let (rows, y) = (self.lend::<T>()?, y.view_mut::<T>());
-                let (at, w) = (View::Cpu(&journey.places[..]), View::Cpu(&w[..]));
-                kernels::combine_rows(at, w, k, rows.view::<T>(), width, y)
-            })
-        })?;
-        let (rows, row_layout, journey) = (self.detach(), self.layout().dual(), journey.clone());
-        let (weight_layout, weight_shape) = (weights.layout().dual(), weights.shape().to_vec());
-        Ok(record("combine", y, &[self, weights], move |dy, back| {
             let mut dw = scope.room::<f32>(w.len())?;
-            let dx = produce(&scope, rows.shape(), dtype, row_layout, |dx| {
+            let dx = produce(&scope, &row_shape, dtype, row_layout, |dx| {
                 float!("combine", dtype, T => {
-                    let (rows, dy, dx) = (rows.lend::<T>()?, dy.lend::<T>()?, dx.view_mut::<T>());
-                    let (at, w) = (View::Cpu(&journey.places[..]), View::Cpu(&w[..]));
+                    let (rows, dy) = (rows.lend::<T>()?, dy.lend::<T>()?);
                     let (rows, dy, dw) = (rows.view::<T>(), dy.view::<T>(), dw.view_mut());
-                    kernels::combine_rows_backward(at, w, k, rows, width, dy, dx, dw)
+                    let (at, w) = (View::Cpu(&journey.places[..]), View::Cpu(&w[..]));
+                    journey.there(scope.device(), width, dx.view_mut::<T>(), |leaving| {
+                        kernels::combine_rows_backward(at, w, k, rows, width, dy, leaving, dw)
+                    })
                 })
             })?;
             back.give(1, Tensor::wrap(&scope, dw, &weight_shape, Dtype::F32, weight_layout))?;
@@ -183,7 +127,7 @@ pub struct Journey {
     sent: Vec<usize>,
     got: Vec<usize>,
     /// For each row here, sorted by expert: its place among the rows as they arrived.
-    arrived: Vec<u32>,
+    arrived: Vec<i32>,
     /// First row of each expert of this rank, and the end.
     pub(super) starts: Vec<usize>,
     pub(super) rows: usize,
@@ -242,12 +186,12 @@ impl Journey {
             None => coming.copy_from_slice(&counts),
         }
         // Rows arrive by rank and, within, by expert; they are wanted by expert.
-        let at = |rank: usize, e: usize| coming[..rank * own + e].iter().sum::<u64>() as u32;
+        let at = |rank: usize, e: usize| coming[..rank * own + e].iter().sum::<u64>() as i32;
         let (mut arrived, mut starts) = (vec![], vec![0]);
         for e in 0..own {
             for rank in 0..ranks {
                 let first = at(rank, e);
-                arrived.extend(first..first + coming[rank * own + e] as u32);
+                arrived.extend(first..first + coming[rank * own + e] as i32);
             }
             starts.push(arrived.len());
         }
@@ -325,34 +269,40 @@ impl Journey {
     }
 
     /// Rows that `fill` writes, sorted by expert, go to rows sorted by expert at the experts.
-    fn there<T: Element>(
+    fn there<T: Element + Float>(
         &self,
+        device: &Device,
         width: usize,
-        to: &mut [T],
-        fill: impl FnOnce(&mut [T]),
+        to: ViewMut<'_, T>,
+        fill: impl FnOnce(ViewMut<'_, T>) -> Result<()>,
     ) -> Result<()> {
-        let Some(group) = &self.group else {
-            fill(to);
-            return Ok(());
-        };
-        let mut leaving = vec![T::zeroed(); self.tokens.len() * width];
-        fill(&mut leaving);
-        let counts: Vec<usize> = self.sent.iter().map(|n| n * width).collect();
-        let rows = group.all_to_all_v(&leaving, &counts).map_err(comm)?.0;
-        for (to, from) in to.chunks_mut(width).zip(&self.arrived) {
-            to.copy_from_slice(&rows[*from as usize * width..][..width]);
-        }
-        Ok(())
+        let Some(group) = &self.group else { return fill(to) };
+        let mut leaving = Buffer::on(device, self.tokens.len() * width * size_of::<T>())?;
+        fill(leaving.view_mut())?;
+        let mut came = Buffer::on(device, self.rows * width * size_of::<T>())?;
+        let [sent, got] = [&self.sent, &self.got].map(|rows| elements(rows, width));
+        collectives::all_to_all_v(group, leaving.view::<T>(), &sent, came.view_mut(), &got)?;
+        kernels::embedding(View::Cpu(&self.arrived[..]), came.view::<T>(), width, to)
     }
 
     /// Rows at the experts go back to where their tokens are, in the order in which they left.
-    fn back<'a, T: Element>(&self, rows: &'a [T], width: usize) -> Result<Cow<'a, [T]>> {
-        let Some(group) = &self.group else { return Ok(Cow::Borrowed(rows)) };
-        let mut leaving = vec![T::zeroed(); rows.len()];
-        for (from, to) in rows.chunks(width).zip(&self.arrived) {
-            leaving[*to as usize * width..][..width].copy_from_slice(from);
-        }
-        let counts: Vec<usize> = self.got.iter().map(|n| n * width).collect();
-        Ok(Cow::Owned(group.all_to_all_v(&leaving, &counts).map_err(comm)?.0))
+    fn back(&self, rows: &Tensor) -> Result<Tensor> {
+        let Some(group) = &self.group else { return Ok(rows.detach()) };
+        let (scope, width) = (rows.scope(), rows.last_dim());
+        let shape = [self.tokens.len(), width];
+        produce(scope, &shape, rows.dtype(), rows.layout(), |came| {
+            float!("combine", rows.dtype(), T => {
+                let own = rows.lend::<T>()?;
+                let mut leaving = scope.room::<T>(rows.len())?;
+                let order = View::Cpu(&self.arrived[..]);
+                kernels::scatter_rows(own.view::<T>(), order, width, leaving.view_mut())?;
+                let [sent, got] = [&self.sent, &self.got].map(|rows| elements(rows, width));
+                collectives::all_to_all_v(group, leaving.view::<T>(), &got, came.view_mut(), &sent)
+            })
+        })
     }
+}
+
+fn elements(rows: &[usize], width: usize) -> Vec<usize> {
+    rows.iter().map(|n| n * width).collect()
 }

@@ -1,15 +1,18 @@
 //! Routers: which experts a token goes to, with which weights, and what keeps them evenly used.
-
-use colossal_kernels as kernels;
+//!
+//! The choice is made on the host, where the counts of the exchange are needed: of each token its
+//! logits go there, a number an expert; its row stays where it is.
 
 use super::Watch;
 use crate::autograd::{pretended, record};
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result};
-use crate::ops::produce_on_host;
+use crate::kernels;
+use crate::ops::produce;
 use crate::placement::Placement::Shard;
 use crate::propagate::propagate;
 use crate::tensor::Tensor;
+use crate::view::View;
 
 /// How a router turns logits into scores.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -221,10 +224,9 @@ impl Tensor {
             let layout = layout.dual();
             back.give(
                 0,
-                produce_on_host(&scope, &shape, dtype, layout, |dx| {
+                produce(&scope, &shape, dtype, layout, |dx| {
                     float!("route", dtype, T => {
-                        kernels::cast(&grad, dx.as_mut_slice::<T>());
-                        Ok(())
+                        kernels::cast(View::Cpu(&grad[..]), dx.view_mut::<T>())
                     })
                 })?,
             )

@@ -6,16 +6,17 @@
 //! the same factor more, by reduce-scatter and all-gather. Ids are gathered once.
 
 use colossal_comm::{Group, ReduceOp};
-use colossal_kernels as kernels;
 
 use super::index::token_ids;
-use super::produce_on_host;
+use super::produce;
 use crate::autograd::{Weight, pretended, record};
+use crate::collectives;
 use crate::dtype::float;
 use crate::error::{Result, comm};
+use crate::kernels;
 use crate::placement::Layout;
-use crate::storage::Buffer;
 use crate::tensor::Tensor;
+use crate::view::View;
 
 /// The rows; `axes` cut the batch, the first is the outermost.
 pub(crate) fn embedding(
@@ -53,24 +54,24 @@ pub(crate) fn embedding(
     let first = table.origin()[0] as i32;
     all.iter_mut().for_each(|id| *id -= first);
     let step = all.len() / outer.world_size();
-    let y = produce_on_host(&scope, shape, dtype, layout, |y| {
+    let y = produce(&scope, shape, dtype, layout, |y| {
         float!("embedding", dtype, T => {
-            let table = table.read::<T>()?;
-            let mut part = Buffer::new::<T>(step * dim);
-            let mut sum = Buffer::new::<T>(y.bytes() / size_of::<T>());
+            let table = table.lend::<T>()?;
+            let mut part = scope.room::<T>(step * dim)?;
+            let mut sum = scope.room::<T>(y.bytes() / size_of::<T>())?;
             for (l, ids) in all.chunks(step).enumerate() {
-                kernels::embedding(ids, table.as_slice::<T>(), dim, part.as_mut_slice::<T>());
-                let sum = match &inner {
+                kernels::embedding(View::Cpu(ids), table.view(), dim, part.view_mut::<T>())?;
+                let mut sum = match &inner {
                     Some(inner) => {
-                        let (part, sum) = (part.as_slice::<T>(), sum.as_mut_slice::<T>());
-                        inner.reduce_scatter(part, sum, ReduceOp::Sum).map_err(comm)?;
-                        sum
+                        let (part, op) = (part.view::<T>(), ReduceOp::Sum);
+                        collectives::reduce_scatter(inner, part, sum.view_mut(), op)?;
+                        sum.view_mut::<T>()
                     }
-                    None => part.as_mut_slice::<T>(),
+                    None => part.view_mut(),
                 };
-                outer.reduce(sum, ReduceOp::Sum, l).map_err(comm)?;
+                collectives::reduce(&outer, sum.reborrow(), ReduceOp::Sum, l)?;
                 if outer.rank() == l {
-                    y.as_mut_slice::<T>().copy_from_slice(sum);
+                    y.view_mut().copy(sum.as_view())?;
                 }
             }
             Ok(())
@@ -78,26 +79,26 @@ pub(crate) fn embedding(
     })?;
     let like = Weight::like(table);
     Ok(record("embedding", y, &[table], move |dy, back| {
-        back.weight_on_host(0, &like, move |acc| {
+        back.weight(0, &like, move |mut acc| {
             float!("embedding", dy.dtype(), T => {
-                let own = dy.read::<T>()?;
-                let own = own.as_slice::<T>();
-                let mut block = Buffer::new::<T>(own.len());
-                let mut wide = Buffer::new::<T>(step * dim);
+                let own = dy.lend::<T>()?;
+                let own = own.view::<T>();
+                let mut block = scope.room::<T>(own.len())?;
+                let mut wide = scope.room::<T>(step * dim)?;
                 for (l, ids) in all.chunks(step).enumerate() {
-                    let block = block.as_mut_slice::<T>();
+                    let ids = View::Cpu(ids);
                     if outer.rank() == l {
-                        block.copy_from_slice(own);
+                        block.view_mut().copy(own)?;
                     }
-                    outer.broadcast(block, l).map_err(comm)?;
-                    match &inner {
+                    collectives::broadcast(&outer, block.view_mut::<T>(), l)?;
+                    let rows = match &inner {
                         Some(inner) => {
-                            let wide = wide.as_mut_slice::<T>();
-                            inner.all_gather(block, wide).map_err(comm)?;
-                            kernels::embedding_backward(ids, wide, dim, acc);
+                            collectives::all_gather(inner, block.view::<T>(), wide.view_mut())?;
+                            &wide
                         }
-                        None => kernels::embedding_backward(ids, block, dim, acc),
-                    }
+                        None => &block,
+                    };
+                    kernels::embedding_backward(ids, rows.view::<T>(), dim, acc.reborrow())?;
                 }
                 Ok(())
             })

@@ -7,9 +7,9 @@
 use colossal_comm::ReduceOp;
 use colossal_kernels::ELSEWHERE;
 
-use super::padding::is_padding;
 use super::produce;
 use crate::autograd::{Edge, is_grad_enabled, pretended, record_edges};
+use crate::collectives;
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result, comm};
 use crate::kernels;
@@ -24,7 +24,8 @@ pub const IGNORE: i32 = -100;
 
 impl Tensor {
     /// The loss of each token, in f32: `logits [.., vocab]`, `targets [..]` of `i32`.
-    /// A target of -100 is ignored: its loss is 0.
+    /// A target of -100 is ignored: its loss is 0. That of an entry that only fills up a vocabulary is
+    /// beyond all measure: whoever knows the entries that exist checks targets.
     ///
     /// # Errors
     /// [`Error::Shape`] when shapes do not fit, [`Error::Other`] for a target outside the vocabulary.
@@ -77,71 +78,50 @@ impl Tensor {
         let global = self.global_shape()[last];
         let first = self.origin()[last] as i32;
         let mut targets = targets.to_vec_of::<i32>()?;
-        if let Some(bad) =
-            targets.iter().find(|t| **t != IGNORE && (**t < 0 || **t as usize >= global))
-        {
-            return Err(outside(*bad, &format!("0..{global}")));
+        let outside = |t: &&i32| **t != IGNORE && (**t < 0 || **t as usize >= global);
+        if let Some(bad) = targets.iter().find(outside) {
+            return Err(Error::Other(format!(
+                "cross_entropy: target {bad} is outside the vocabulary, 0..{global}; mark tokens \
+                 without loss with {IGNORE}"
+            )));
         }
-        let device = scope.device();
-        let mut loss = scope.room::<f32>(rows)?;
-        let mut lse = scope.room::<f32>(rows)?;
-        let mut own = Buffer::copy_of(device, View::Cpu(targets.as_slice()))?;
+        let group = match sharded[..] {
+            [] => None,
+            [axis] => Some(scope.mesh().group(&scope.axis(axis).0).map_err(comm)?),
+            _ => {
+                return Err(Error::Other(
+                    "cross_entropy: the vocabulary may be sharded along one axis only".into(),
+                ));
+            }
+        };
+        // Relative to this rank's part of the vocabulary. A target on another rank: softmax only,
+        // no one-hot term here.
+        for t in targets.iter_mut().filter(|t| **t != IGNORE && group.is_some()) {
+            let local = *t - first;
+            *t = if (0..vocab as i32).contains(&local) { local } else { ELSEWHERE };
+        }
+        let own = Buffer::copy_of(scope.device(), View::Cpu(targets.as_slice()))?;
+        let [mut loss, mut lse] = [scope.room::<f32>(rows)?, scope.room::<f32>(rows)?];
         float!("cross_entropy", self.dtype(), T => {
-            match sharded[..] {
-                [] => {
-                    let logits = self.lend::<T>()?;
-                    let (logits, targets) = (logits.view::<T>(), own.view());
-                    let (loss, lse) = (loss.view_mut(), lse.view_mut());
-                    kernels::cross_entropy(logits, targets, vocab, IGNORE, loss, lse)?;
-                }
-                [axis] => {
-                    let logits = self.read::<T>()?;
-                    let logits = logits.as_slice::<T>();
-                    let [mut host_loss, mut host_lse] = [0; 2].map(|_| Buffer::new::<f32>(rows));
-                    let group = scope.mesh().group(&scope.axis(axis).0).map_err(comm)?;
-                    let max = host_loss.as_mut_slice::<f32>();
-                    let sum = host_lse.as_mut_slice::<f32>();
-                    colossal_kernels::logits_stats(logits, vocab, max, sum);
-                    let local_max = max.to_vec();
-                    group.all_reduce(max, ReduceOp::Max).map_err(comm)?;
-                    // Sum of exponentials, then the target's logit, in one message.
-                    let mut message: Vec<f32> = vec![0.0; 2 * rows];
-                    for row in 0..rows {
-                        message[row] = sum[row] * (local_max[row] - max[row]).exp();
-                        let target = targets[row] - first;
-                        if targets[row] != IGNORE && (0..vocab as i32).contains(&target) {
-                            use colossal_kernels::Float;
-                            message[rows + row] =
-                                <T as Float>::to_f32(logits[row * vocab + target as usize]);
-                        }
-                    }
-                    group.all_reduce(&mut message, ReduceOp::Sum).map_err(comm)?;
-                    let padding = (0..rows).find(|row| is_padding(message[rows + row]));
-                    if let Some(row) = padding {
-                        return Err(outside(targets[row], "the entries that the model has"));
-                    }
-                    for row in 0..rows {
-                        sum[row] = max[row] + message[row].ln();
-                        max[row] = match targets[row] {
-                            IGNORE => 0.0,
-                            _ => sum[row] - message[rows + row],
-                        };
-                    }
-                    // A target on another rank: softmax only, no one-hot term here.
-                    for t in targets.iter_mut().filter(|t| **t != IGNORE) {
-                        let local = *t - first;
-                        *t = if (0..vocab as i32).contains(&local) { local } else { ELSEWHERE };
-                    }
-                    own.view_mut().write(&targets)?;
-                    (loss, lse) = (host_loss.to(device)?, host_lse.to(device)?);
-                }
-                _ => {
-                    return Err(Error::Other(
-                        "cross_entropy: the vocabulary may be sharded along one axis only".into(),
-                    ));
+            let logits = self.lend::<T>()?;
+            let (logits, targets) = (logits.view::<T>(), own.view());
+            let (loss, lse) = (loss.view_mut(), lse.view_mut());
+            match group {
+                None => kernels::cross_entropy(logits, targets, vocab, IGNORE, loss, lse),
+                Some(group) => {
+                    let mut local_max = scope.room::<f32>(rows)?;
+                    // Sums of exponentials, then targets' logits, in one message.
+                    let mut terms = scope.room::<f32>(2 * rows)?;
+                    let sums = terms.view_mut().range(0..rows);
+                    kernels::logits_stats(logits, vocab, local_max.view_mut(), sums)?;
+                    let mut max = Buffer::copy_of(scope.device(), local_max.view::<f32>())?;
+                    collectives::all_reduce(group, max.view_mut::<f32>(), ReduceOp::Max)?;
+                    let (own, max) = (local_max.view(), max.view());
+                    kernels::vocabulary_terms(logits, targets, vocab, own, max, terms.view_mut())?;
+                    collectives::all_reduce(group, terms.view_mut::<f32>(), ReduceOp::Sum)?;
+                    kernels::vocabulary_loss(max, terms.view(), targets, IGNORE, loss, lse)
                 }
             }
-            Ok(())
         })?;
         let y = produce(&scope, &outer, Dtype::F32, layout, |y| {
             std::mem::swap(y, &mut loss);
@@ -173,13 +153,6 @@ impl Tensor {
             back.give(0, Tensor::wrap(&scope, grad, &shape, dtype, grad_layout))
         }))
     }
-}
-
-fn outside(target: i32, entries: &str) -> Error {
-    Error::Other(format!(
-        "cross_entropy: target {target} is outside the vocabulary, {entries}; mark tokens without \
-         loss with {IGNORE}"
-    ))
 }
 
 /// Targets on the rows of the logits: after a product on a cube those have traded axes.

@@ -3,12 +3,14 @@
 //! Losses of reinforcement learning are short arithmetic over a few numbers per token. They are
 //! written as plain functions on slices, tested alone, and enter the graph here.
 
-use super::produce_on_host;
+use super::produce;
 use crate::autograd::record;
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::propagate::{self, propagate};
 use crate::tensor::Tensor;
+use crate::view::View;
 
 impl Tensor {
     /// A scalar of this value whose gradient with respect to each input is given (local part,
@@ -30,28 +32,20 @@ impl Tensor {
         let layout = propagate("external", &operands, |p| {
             propagate::elementwise(p).and_then(|q| propagate::sum(&[q]))
         })?;
-        let y = produce_on_host(first.scope(), &[], Dtype::F32, layout, |y| {
-            y.as_mut_slice::<f32>()[0] = value;
-            Ok(())
+        let y = produce(first.scope(), &[], Dtype::F32, layout, |y| {
+            y.view_mut::<f32>().write(&[value])
         })?;
         let saved: Vec<_> = inputs.iter().map(|(x, g)| (x.detach(), g.clone())).collect();
         Ok(record("external", y, &operands, move |dy, back| {
             let dy = dy.item()?;
-            for (i, (x, grad)) in saved.into_iter().enumerate() {
-                let dx = produce_on_host(
-                    x.scope(),
-                    x.shape(),
-                    x.dtype(),
-                    x.layout().dual(),
-                    |dx| {
-                        float!("external", x.dtype(), T => {
-                            use colossal_kernels::Float;
-                            let out = dx.as_mut_slice::<T>();
-                            out.iter_mut().zip(&grad).for_each(|(o, g)| *o = <T as Float>::from_f32(g * dy));
-                            Ok(())
-                        })
-                    },
-                )?;
+            for (i, (x, mut grad)) in saved.into_iter().enumerate() {
+                grad.iter_mut().for_each(|g| *g *= dy);
+                let layout = x.layout().dual();
+                let dx = produce(x.scope(), x.shape(), x.dtype(), layout, |dx| {
+                    float!("external", x.dtype(), T => {
+                        kernels::cast(View::Cpu(&grad[..]), dx.view_mut::<T>())
+                    })
+                })?;
                 back.give(i, dx)?;
             }
             Ok(())

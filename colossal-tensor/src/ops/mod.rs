@@ -43,22 +43,6 @@ pub(crate) fn produce(
     Ok(Tensor::wrap(scope, buffer, shape, dtype, layout))
 }
 
-/// The same by an op that works on the host wherever the tensor lives.
-pub(crate) fn produce_on_host(
-    scope: &Scope,
-    shape: &[usize],
-    dtype: Dtype,
-    layout: Layout,
-    fill: impl FnOnce(&mut Buffer) -> Result<()>,
-) -> Result<Tensor> {
-    if scope.is_fake() {
-        return Ok(Tensor::pretend(scope, shape, dtype, layout));
-    }
-    let mut buffer = Buffer::with_bytes(shape.iter().product::<usize>() * dtype.bytes());
-    fill(&mut buffer)?;
-    Tensor::place(scope, buffer, shape, dtype, layout)
-}
-
 /// Refuses operands of different dtypes, or on different devices.
 pub(crate) fn same_dtype(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     let (left, right) = (a.scope().device(), b.scope().device());

@@ -16,11 +16,6 @@ const LOWEST: f32 = -1e30;
 /// The largest magnitude of f16.
 const LOWEST_F16: f32 = -65504.0;
 
-/// Is this the logit of padding?
-pub(super) fn is_padding(logit: f32) -> bool {
-    logit < LOWEST / 2.0
-}
-
 impl Tensor {
     /// Logits `[.., vocab]` of which only the first `entries` of the whole dim exist.
     pub(crate) fn mask_padding(self, entries: usize) -> Result<Tensor> {

@@ -4,14 +4,17 @@
 //! one backward, for LayerNorm two and two.
 
 use colossal_comm::ReduceOp;
-use colossal_kernels::Float;
 
-use super::produce_on_host;
+use super::produce;
 use crate::autograd::{Weight, pretended, record};
+use crate::collectives;
 use crate::dtype::float;
 use crate::error::{Result, comm};
+use crate::kernels;
 use crate::placement::{Layout, Placement};
+use crate::storage::Buffer;
 use crate::tensor::{Scope, Tensor};
+use crate::view::ViewMut;
 
 /// The axes that cut the last dim of `x`.
 pub(crate) fn width_axes(x: &Tensor) -> Vec<usize> {
@@ -42,82 +45,68 @@ pub(crate) fn norm(
     }
     let width = (local * axes.iter().map(|a| scope.axis(*a).1).product::<usize>()) as f32;
     let centred = bias.is_some();
-    let (values, w) = (x.to_vec()?, weight.to_vec()?);
-    let rows = values.len() / local.max(1);
-    let mut mean = vec![0.0; rows];
-    if centred {
-        mean = values.chunks(local).map(|row| row.iter().sum::<f32>() / width).collect();
-        sum(&scope, axes, &mut mean)?;
-    }
-    let squares = values.chunks(local).zip(&mean);
-    let mut rstd: Vec<f32> = squares
-        .map(|(row, mean)| row.iter().map(|x| (x - mean) * (x - mean)).sum::<f32>() / width)
-        .collect();
-    sum(&scope, axes, &mut rstd)?;
-    rstd.iter_mut().for_each(|x| *x = 1.0 / (*x + eps).sqrt());
-    let b = bias.map_or_else(|| Ok(vec![0.0; local]), Tensor::to_vec)?;
-    let y = produce_on_host(&scope, x.shape(), dtype, layout, |y| {
+    let rows = x.rows();
+    let mut mean = Buffer::zeros_on::<f32>(scope.device(), rows)?;
+    let mut variance = scope.room::<f32>(rows)?;
+    let y = produce(&scope, x.shape(), dtype, layout, |y| {
         float!("norm", dtype, T => {
-            for (r, y) in y.as_mut_slice::<T>().chunks_mut(local).enumerate() {
-                let row = &values[r * local..(r + 1) * local];
-                for (c, y) in y.iter_mut().enumerate() {
-                    *y = <T as Float>::from_f32((row[c] - mean[r]) * rstd[r] * w[c] + b[c]);
-                }
+            let x = x.lend::<T>()?;
+            let x = x.view::<T>();
+            if centred {
+                kernels::row_moment(x, None, 1.0 / width, mean.view_mut())?;
+                sum(&scope, axes, mean.view_mut())?;
             }
-            Ok(())
+            kernels::row_moment(x, Some(mean.view()), 1.0 / width, variance.view_mut())?;
+            sum(&scope, axes, variance.view_mut())?;
+            let (w, b) = (weight.lend::<T>()?, bias.map(|b| b.lend::<T>()).transpose()?);
+            let (w, b) = (w.view(), b.as_ref().map(|b| b.view()));
+            kernels::wide_norm(x, mean.view(), variance.view(), eps, w, b, y.view_mut::<T>())
         })
     })?;
-    drop(values);
     let axes = axes.to_vec();
     let (x_saved, w_saved) = (x.detach(), weight.detach());
     let likes: Vec<Weight> = std::iter::once(weight).chain(bias).map(Weight::like).collect();
     let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
     Ok(record("norm", y, &inputs, move |dy, back| {
-        let (x, w, dy_values) = (x_saved.to_vec()?, w_saved.to_vec()?, dy.to_vec()?);
-        let (mut dw, mut db) = (vec![0.0; local], vec![0.0; local]);
-        // Per token: the sums of dy w and of dy w x̂, which the gradient takes off again.
-        let mut sums = vec![0.0; 2 * rows];
-        for r in 0..rows {
-            for c in 0..local {
-                let (dy, at) = (dy_values[r * local + c], r * local + c);
-                let normed = (x[at] - mean[r]) * rstd[r];
-                dw[c] += dy * normed;
-                db[c] += dy;
-                sums[r] += dy * w[c] / width;
-                sums[rows + r] += dy * w[c] * normed / width;
-            }
-        }
-        if centred {
-            sum(&scope, &axes, &mut sums)?;
-        } else {
-            sums[..rows].fill(0.0);
-            sum(&scope, &axes, &mut sums[rows..])?;
-        }
-        let dx = produce_on_host(&scope, x_saved.shape(), dtype, dy.layout(), |dx| {
+        let (mean, variance) = (mean.view(), variance.view());
+        // The weight's gradient before it is summed over rows.
+        let mut by_row = scope.room::<f32>(x_saved.len())?;
+        let dx = produce(&scope, x_saved.shape(), dtype, dy.layout(), |dx| {
             float!("norm", dtype, T => {
-                for (at, dx) in dx.as_mut_slice::<T>().iter_mut().enumerate() {
-                    let (r, c) = (at / local, at % local);
-                    let normed = (x[at] - mean[r]) * rstd[r];
-                    let inner = dy_values[at] * w[c] - sums[r] - normed * sums[rows + r];
-                    *dx = <T as Float>::from_f32(rstd[r] * inner);
+                let (x, w, dy) = (x_saved.lend::<T>()?, w_saved.lend::<T>()?, dy.lend::<T>()?);
+                let (x, w, dy) = (x.view::<T>(), w.view(), dy.view());
+                // Per token: the sums of dy w and of dy w x̂, which the gradient takes off again.
+                let mut sums = scope.room::<f32>(2 * rows)?;
+                let to = sums.view_mut();
+                kernels::wide_norm_sums(dy, x, mean, variance, eps, w, 1.0 / width, to)?;
+                if centred {
+                    sum(&scope, &axes, sums.view_mut())?;
+                } else {
+                    sums.view_mut::<f32>().range(0..rows).zero()?;
+                    sum(&scope, &axes, sums.view_mut().range(rows..2 * rows))?;
                 }
-                Ok(())
+                let (sums, dx, dw) = (sums.view(), dx.view_mut::<T>(), by_row.view_mut());
+                kernels::wide_norm_backward(dy, x, mean, variance, eps, w, sums, dx, dw)
             })
         })?;
-        for (i, (like, grad)) in likes.iter().zip([dw, db]).enumerate() {
-            back.weight_on_host(i + 1, like, move |acc| {
-                colossal_kernels::add_assign(&grad, acc);
-                Ok(())
+        let mut dw = Buffer::zeros_on::<f32>(scope.device(), local)?;
+        kernels::sum_rows(by_row.view::<f32>(), local, dw.view_mut())?;
+        back.weight(1, &likes[0], move |acc| kernels::add_assign(dw.view::<f32>(), acc))?;
+        if let Some(like) = likes.get(1) {
+            back.weight(2, like, move |acc| {
+                float!("norm", dtype, T => {
+                    kernels::sum_rows(dy.lend::<T>()?.view::<T>(), local, acc)
+                })
             })?;
         }
         back.give(0, dx)
     }))
 }
 
-fn sum(scope: &Scope, axes: &[usize], values: &mut [f32]) -> Result<()> {
+fn sum(scope: &Scope, axes: &[usize], mut values: ViewMut<'_, f32>) -> Result<()> {
     for axis in axes {
         let group = scope.mesh().group(&scope.axis(*axis).0).map_err(comm)?;
-        group.all_reduce(values, ReduceOp::Sum).map_err(comm)?;
+        collectives::all_reduce(group, values.reborrow(), ReduceOp::Sum)?;
     }
     Ok(())
 }
