@@ -27,6 +27,22 @@ pub(crate) fn test() -> Result<()> {
     run(&cargo(), &["test", "--workspace", "--doc"], &[])
 }
 
+/// The engine over the other MPI. Its binding is built for one of them: before and after, anew.
+fn mpich(cargo: &str, mpi: &[&str]) -> Result<()> {
+    if !exists("mpicc.mpich", "--version") {
+        println!("\nMPICH is not installed: the MPI engine was not checked on it. To check it:");
+        println!("apt-get install mpich libmpich-dev");
+        return Ok(());
+    }
+    let anew = ["clean", "-p", "mpi-sys"];
+    run(cargo, &anew, &[])?;
+    // Its launcher ends a job as soon as one process ends badly, unless told to leave it be.
+    let launcher = ("COLOSSAL_MPIRUN", "mpirun.mpich -disable-auto-cleanup");
+    let test = [&["test"], mpi, &["--test", "mpi"]].concat();
+    run(cargo, &test, &[("MPICC", "mpicc.mpich"), launcher])?;
+    run(cargo, &anew, &[])
+}
+
 /// The kernels on aarch64, where the compiler's plain code is their NEON path.
 fn elsewhere(cargo: &str) -> Result<()> {
     const TARGET: &str = "aarch64-unknown-linux-gnu";
@@ -71,6 +87,7 @@ pub(crate) fn ci(tested: bool) -> Result<()> {
         run(&cargo, &clippy, &[])?;
         run(&cargo, &[&["test"], &mpi[..], &["--test", "mpi"]].concat(), &[])?;
         processes::processes()?;
+        mpich(&cargo, &mpi)?;
     } else {
         println!("\nMPI is not installed: its engine was not checked. To check it:");
         println!("apt-get install openmpi-bin libopenmpi-dev libclang-dev");
