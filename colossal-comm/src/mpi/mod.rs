@@ -32,6 +32,7 @@ use messages::Messages;
 const PACKETS: i32 = 1;
 const SHIFTS: i32 = 2;
 const ROLL: i32 = 3;
+const PARTS: i32 = 4;
 /// Messages use the tags from here on, two each.
 const MESSAGES: i32 = 16;
 
