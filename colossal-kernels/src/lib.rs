@@ -5,6 +5,7 @@ mod adamw;
 mod attention;
 mod blocks;
 mod cast;
+mod conv;
 mod cross_entropy;
 pub mod cuda;
 mod elementwise;
@@ -41,6 +42,7 @@ pub use attention::{AttentionBias, AttentionShape, flash_attention, flash_attent
 pub use attention::{PagedShape, paged_attention};
 pub use blocks::{copy_block, dropout, fill_columns, random_bits, scatter_rows, sum_groups};
 pub use cast::cast;
+pub use conv::{ConvShape, conv, conv_backward_input, conv_backward_weight};
 pub use cross_entropy::{ELSEWHERE, cross_entropy, cross_entropy_backward, logits_stats};
 pub use elementwise::{add, add_assign, add_bias, add_into, axpy, fill, mul, scale, sub};
 pub use embedding::{embedding, embedding_backward};

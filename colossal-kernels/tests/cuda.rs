@@ -9,6 +9,8 @@ mod attention;
 mod blocks;
 #[path = "cuda/check.rs"]
 mod check;
+#[path = "cuda/conv.rs"]
+mod conv;
 #[path = "cuda/elementwise.rs"]
 mod elementwise;
 #[path = "cuda/faults.rs"]

@@ -9,10 +9,14 @@ mod activation;
 mod attention;
 #[path = "it/check.rs"]
 mod check;
+#[path = "it/conv.rs"]
+mod conv;
 #[path = "it/elementwise.rs"]
 mod elementwise;
 #[path = "it/embedding.rs"]
 mod embedding;
+#[path = "it/fp8.rs"]
+mod fp8;
 #[path = "it/gemm.rs"]
 mod gemm;
 #[path = "it/int8.rs"]

@@ -1,9 +1,9 @@
 //! All files of kernels under the definitions that launchers ask for: what is built beforehand.
 
 use super::{
-    Source, activation, attention, blocks, cast, cross_entropy, decode, elementwise, embedding,
-    factored, fp8, gemm, hopper, int8, layerwise, norm, optimizer, partial_softmax, ranks, reduce,
-    rope, rows, softmax, wide_norm,
+    Source, activation, attention, blocks, cast, conv, cross_entropy, decode, elementwise,
+    embedding, factored, fp8, gemm, hopper, int8, layerwise, norm, optimizer, partial_softmax,
+    ranks, reduce, rope, rows, softmax, wide_norm,
 };
 
 /// A file of kernels, and what it is compiled under.
@@ -35,6 +35,7 @@ pub fn catalog() -> Vec<Build> {
         &optimizer::OPTIMIZER,
         &int8::INT8,
         &fp8::FP8,
+        &conv::CONV,
     ];
     let mut builds = vec![];
     for source in of_each_type {

@@ -3,10 +3,10 @@
 use cudarc::driver::sys::CUresult;
 
 use super::attention::Call;
+use super::launch::Plain;
 use super::library::driver_function;
 use super::{Grid, Result, Slice, SliceMut, Source, args, source};
 use crate::attention::AttentionShape;
-use crate::cuda::launch::Plain;
 use crate::float::Float;
 
 pub(super) static HOPPER: Source = source!("attention_hopper", "hopper", "attention_shape");
@@ -92,7 +92,7 @@ pub(super) fn attention<T: Float>(
         || s.window.is_some()
         || s.bias.is_some()
         || !aligned
-        || s.kv_stride() % 8 != 0
+        || !s.kv_stride().is_multiple_of(8)
         || q.is_empty()
         || k.is_empty()
     {
