@@ -2,7 +2,7 @@
 // once, kernels that g++ compiled (see nvrtc.cpp, cuemu.h). What a driver would refuse is refused:
 // copies and frees beyond an allocation, handles that are not alive, grids that are too large.
 //
-// STAND_IN_DEVICES     how many devices there are (5, of which the fifth is of the architecture sm_90)
+// STAND_IN_DEVICES     how many devices there are (6, of which number 4 is of the architecture sm_90)
 // STAND_IN_MEMORY      bytes of each (4 GiB)
 // STAND_IN_ORDER       order of threads: 0 ascending, 1 descending, else the seed of a shuffle
 // STAND_IN_LOSE_AFTER  the device is lost at this launch, counted over all
@@ -57,7 +57,7 @@ size_t number(const char* name, size_t otherwise) {
   const char* value = getenv(name);
   return value && *value ? strtoull(value, nullptr, 10) : otherwise;
 }
-int device_count() { return int(number("STAND_IN_DEVICES", 5)); }
+int device_count() { return int(number("STAND_IN_DEVICES", 6)); }
 size_t memory() { return number("STAND_IN_MEMORY", size_t(4) << 30); }
 
 int say(int code, const char* format, ...) {

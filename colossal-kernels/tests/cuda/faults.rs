@@ -1,7 +1,8 @@
-//! What the stand-in driver must notice in a kernel that is wrong. A device that failed is lost to
-//! its process, so each fault has one of its own.
+//! What the stand-in driver must notice in a kernel that is wrong, and memory over many steps. A device
+//! that failed is lost to its process, so each fault has one of its own.
 
-use colossal_kernels::cuda::{Error, Grid, Source, Stream, devices};
+use colossal_kernels::cuda::{self, Block, Error, Grid, Source, Stream, devices};
+use colossal_kernels::{AttentionShape, Lamb};
 
 static WRONG: Source = Source {
     name: "wrong",
@@ -33,7 +34,7 @@ fn a_wrong_kernel_is_named_and_its_device_lost() {
     }
     for (device, kernel) in [(1, "beyond"), (2, "divergent"), (3, "half_a_warp")] {
         let stream = Stream::new(device).unwrap();
-        let mut block = colossal_kernels::cuda::Block::new(stream.device(), 1024).unwrap();
+        let mut block = Block::new(stream.device(), 1024).unwrap();
         let f = stream.function(&WRONG, &[], kernel).unwrap();
         let x = block.slice_mut::<f32>(0..256);
         let error = f.launch(Grid::line(1, 64), &[&x, &256u32]).unwrap_err();
@@ -44,4 +45,45 @@ fn a_wrong_kernel_is_named_and_its_device_lost() {
         // Freeing on a lost device is refused quietly.
         drop(block);
     }
+}
+
+#[test]
+fn a_thousand_steps_hold_what_the_first_ones_held() {
+    // A device that no other test uses: what blocks hold is counted by device.
+    if devices().map_or(0, |d| d.len()) < 6 {
+        return println!("fewer than six devices: nothing was run");
+    }
+    let stream = Stream::new(5).unwrap();
+    let lamb = Lamb { lr: 1e-3, beta1: 0.9, beta2: 0.99, eps: 1e-6, weight_decay: 0.1 };
+    let shape = AttentionShape::new(1, 4, 4, 1, 1, 16);
+    let mut held = vec![];
+    let mut state = Block::new(stream.device(), 3 * 256).unwrap();
+    stream.zero(state.slice_mut::<f32>(0..192)).unwrap();
+    let mut moments = Block::new(stream.device(), 4 * 32).unwrap();
+    stream.zero(moments.slice_mut::<f32>(0..32)).unwrap();
+    let mut tokens = Block::new(stream.device(), 16).unwrap();
+    stream.upload(&[1, 3, 1, 2], tokens.slice_mut::<i32>(0..4)).unwrap();
+    let ids = tokens.slice::<i32>(0..4);
+    for step in 0..1000u32 {
+        // Of changing sizes, as activations are.
+        let room = 64 + 64 * (step as usize % 3);
+        let mut x = Block::new(stream.device(), 4 * room).unwrap();
+        let mut y = Block::new(stream.device(), 4 * room + 4 * 64).unwrap();
+        stream.zero(x.slice_mut::<f32>(0..room)).unwrap();
+        cuda::embedding(&stream, ids, x.slice::<f32>(0..64), 16, y.slice_mut(0..64)).unwrap();
+        let (q, out) = (x.slice::<f32>(0..64), y.slice_mut(0..64));
+        let mut lse = Block::new(stream.device(), 16).unwrap();
+        cuda::flash_attention(&stream, &shape, q, q, q, out, lse.slice_mut(0..4)).unwrap();
+        let dy = y.slice::<f32>(0..64);
+        let (a, b) = (cuda::Mat::new(q, 4, 16), cuda::Mat::new(dy, 4, 16).t());
+        let c = cuda::MatMut::new(state.slice_mut::<f32>(16..32), 4, 4);
+        cuda::gemm(&stream, a, b, c, &cuda::Epilogue::default()).unwrap();
+        cuda::embedding_backward(&stream, ids, dy, 16, x.slice_mut(0..64)).unwrap();
+        let (m, v, p) = (x.slice_mut(0..32), moments.slice_mut(0..32), y.slice_mut(0..32));
+        let g = state.slice(64..96);
+        cuda::lamb(&stream, &lamb, step + 1, p, g, m, v, 1.0, &mut |_| {}).unwrap();
+        drop((x, y, lse));
+        held.push(stream.device().reserved());
+    }
+    assert!(held[9..].iter().all(|h| *h == held[9]), "{:?}", (held[9], held.iter().max()));
 }
