@@ -5,8 +5,6 @@
 // two take 64 queries each. A warpgroup multiplies and takes exponentials in turns: that the two do so
 // against each other is left to chance. Kernels of other architectures are in attention.cu.
 
-#if defined(CUEMU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
 /// Panels of 64 channels, in which a tile of 128 rows lies; bytes of a panel and of a tile.
 constexpr int PANELS = D / 64, PANEL = 128 * 128, TILE = PANELS * PANEL;
 constexpr int STEP = 128, STAGES = 2;
@@ -134,5 +132,3 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   }
 }
 KERNEL(attention_hopper)
-
-#endif

@@ -41,8 +41,8 @@ fn build(folder: &Path, archs: &[String], but: &str) -> Result<usize, Box<dyn st
     std::fs::create_dir_all(folder)?;
     let wanted: Vec<Build> =
         catalog().into_iter().filter(|b| b.defines.iter().all(|(_, v)| *v != but)).collect();
-    let builds: Vec<(&String, Build)> =
-        archs.iter().flat_map(|arch| wanted.iter().map(move |b| (arch, b.clone()))).collect();
+    let all = archs.iter().flat_map(|arch| wanted.iter().map(move |b| (arch, b.clone())));
+    let builds: Vec<(&String, Build)> = all.filter(|(arch, build)| build.is_for(arch)).collect();
     let next = AtomicUsize::new(0);
     let work = || -> Result<Vec<(usize, Vec<Kernel>, usize)>, String> {
         let mut done = vec![];
@@ -53,7 +53,9 @@ fn build(folder: &Path, archs: &[String], but: &str) -> Result<usize, Box<dyn st
                 build.source.compile(arch, &build.defines).map_err(|e| e.to_string())?;
             let kernels = report(&log);
             if kernels.is_empty() {
-                return Err(format!("no kernel in the log of {build:?} for {arch}:\n{log}"));
+                let Build { source, defines } = build;
+                let name = source.name;
+                return Err(format!("no kernel in {name} of {defines:?} for {arch}:\n{log}"));
             }
             let path = folder.join(build.source.file(arch, &build.defines));
             std::fs::write(&path, &image).map_err(|e| format!("{}: {e}", path.display()))?;

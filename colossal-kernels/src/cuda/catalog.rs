@@ -15,6 +15,13 @@ pub struct Build {
     pub defines: Vec<(&'static str, &'static str)>,
 }
 
+impl Build {
+    /// Has this architecture the instructions that it takes?
+    pub fn is_for(&self, arch: &str) -> bool {
+        !std::ptr::eq(self.source, &hopper::HOPPER) || arch == "sm_90a"
+    }
+}
+
 const TYPES: [&str; 3] = ["float", "bf16", "f16"];
 
 /// Every build that common models need.
@@ -46,7 +53,6 @@ pub fn catalog() -> Vec<Build> {
             builds.extend(TYPES.map(|t| Build { source, defines: vec![("TYPE", t), ("D", size)] }));
         }
     }
-    // Empty but for sm_90a.
     for (_, size) in hopper::SIZES {
         let source = &hopper::HOPPER;
         let of = |t| Build { source, defines: vec![("TYPE", t), ("D", size)] };
