@@ -98,6 +98,38 @@ fn training_on_a_gpu_equals_training_on_the_cpu() {
     }
 }
 
+/// Processes as torchrun starts them, each with a GPU of its own, over NCCL.
+#[test]
+fn processes_over_nccl_equal_threads() {
+    if devices_here().len() < 2 {
+        return println!("fewer than two GPUs: nothing was run");
+    }
+    let dir = folder();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let store = format!("127.0.0.1:{port}");
+    for (name, plan) in [
+        ("zero", &["--plan.dp", "2", "--plan.zero", "2", "--plan.microbatches", "2"][..]),
+        ("experts", &["--plan.ep", "2"]),
+        ("ring", &["--plan.sp", "2", "--plan.sequence_parallel", "ring_attn"]),
+    ] {
+        good(&pretrain(dir.path(), &format!("{name}-threads"), "cuda", plan, &[]));
+        std::thread::scope(|scope| {
+            for rank in ["0", "1"] {
+                let (dir, store) = (dir.path(), store.as_str());
+                scope.spawn(move || {
+                    let env = [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2")];
+                    let env = [&env[..], &[("COLOSSAL_STORE", store)]].concat();
+                    good(&pretrain(dir, &format!("{name}-processes"), "cuda", plan, &env));
+                });
+            }
+        });
+        let [a, b] =
+            ["threads", "processes"].map(|how| weights(dir.path(), &format!("{name}-{how}")));
+        let off = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
+        assert!(a.len() == b.len() && off < 1e-6, "{name}: weights differ by {off}");
+    }
+}
+
 #[test]
 fn a_lost_device_ends_the_run_which_goes_on_from_its_checkpoint() {
     if !stand_in() {

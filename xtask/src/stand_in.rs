@@ -1,5 +1,5 @@
-//! CUDA without a GPU: a driver, a compiler that makes kernels run on the CPU, a library of
-//! products, and the suites on them.
+//! CUDA without a GPU: a driver, a compiler that makes kernels run on the CPU, libraries of products
+//! and of collectives, and the suites on them.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -15,10 +15,11 @@ const SOURCES: &str = "colossal-kernels/cuda/stand_in";
 const ORDERS: [&str; 3] = ["0", "1", "77"];
 
 /// Tests of models that take seconds on the stand-in: references, resumption, plans, memory.
-const MODELS: [&str; 6] = [
+const MODELS: [&str; 7] = [
     "goldens",
     "a_resumed_run",
     "a_later_step",
+    "many_steps",
     "bf16_follows",
     "every_sequence_mode",
     "grids_of_nine",
@@ -63,6 +64,7 @@ fn build() -> Result<PathBuf> {
         ("cuda.cpp", "libcuda.so.1"),
         ("nvrtc.cpp", "libnvrtc.so.13"),
         ("cublaslt.cpp", "libcublasLt.so.13"),
+        ("nccl.cpp", "libnccl.so.2"),
     ];
     for (source, library) in libraries {
         let (from, to) = (Path::new(SOURCES).join(source), folder.join(library));
