@@ -220,6 +220,107 @@ impl Bench {
                 })?;
                 (seconds, Work { bytes: rows * vocab * size, flops: 0.0 })
             }
+            ("gemm_int8", &[m, n, k]) => {
+                let w = Int8Matrix::quantize(&noise::<T>(n * k, 1), n, k);
+                let mut room = Room::<T>::new(stream, &[m * k, m * n])?;
+                let seconds = time(stream, || {
+                    let [x, y] = room.lend();
+                    cuda::gemm_int8(stream, x.as_slice(), m, &w, None, y)
+                })?;
+                // Eight bits go at twice the speed.
+                let bytes = n * k + m * (n + k) * size;
+                (seconds, Work { bytes, flops: (m * n * k) as f64 })
+            }
+            ("gemm_fp8" | "gemm_fp8_blocks", &[m, n, k]) => {
+                let format = Fp8::E4m3;
+                let [rows, blocks] = match case {
+                    "gemm_fp8" => [Fp8Scaling::Tensor; 2],
+                    _ => [Fp8Scaling::Rows, Fp8Scaling::Blocks],
+                };
+                let mut room = Room::<T>::new(stream, &[m * k, n * k, m * n])?;
+                let mut sides = vec![];
+                for (rows, scaling) in [(m, rows), (n, blocks)] {
+                    let (size, count) = (rows * fp8_pitch(k), scaling.count(rows, k));
+                    let mut block = Block::new(stream.device(), size)?;
+                    let mut scales = Block::new(stream.device(), 4 * count)?;
+                    let [x, w, _] = room.lend();
+                    let from = if sides.is_empty() { x.as_slice() } else { w.as_slice() };
+                    let (to, s) = (block.slice_mut(0..size), scales.slice_mut(0..count));
+                    cuda::quantize_fp8(stream, from, rows, k, false, format, scaling, to, s)?;
+                    sides.push((block, scales, rows, scaling));
+                }
+                let mats: Vec<cuda::Fp8Mat<'_>> = sides
+                    .iter()
+                    .map(|(block, scales, rows, scaling)| cuda::Fp8Mat {
+                        data: block.slice(0..rows * fp8_pitch(k)),
+                        scales: scales.slice(0..scaling.count(*rows, k)),
+                        rows: *rows,
+                        cols: k,
+                        format,
+                        scaling: *scaling,
+                    })
+                    .collect();
+                let seconds = time(stream, || {
+                    let [_, _, y] = room.lend();
+                    cuda::gemm_fp8(stream, mats[0], mats[1], y)
+                })?;
+                let bytes = (m + n) * k + m * n * size;
+                (seconds, Work { bytes, flops: (m * n * k) as f64 })
+            }
+            ("paged_attention", &[batch, len, heads, kv_heads, head_dim]) => {
+                let s = PagedShape { batch, heads, kv_heads, head_dim, page: 16, scale: 0.1 };
+                let pages = batch * len.div_ceil(16);
+                let (q, kv) = (batch * heads * head_dim, pages * 16 * kv_heads * head_dim);
+                let mut room = Room::<T>::new(stream, &[q, kv, kv, q])?;
+                let mut lse = Room::<f32>::new(stream, &[batch * heads])?;
+                // Every sequence's pages lie far apart.
+                let table: Vec<i32> = (0..pages)
+                    .map(|i| (i % (pages / batch) * batch + i / (pages / batch)) as i32)
+                    .collect();
+                let mut there = Block::new(stream.device(), 4 * (pages + batch))?;
+                stream.upload(&table, there.slice_mut(0..pages))?;
+                let lens = vec![len as i32; batch];
+                stream.upload(&lens, there.slice_mut(pages..pages + batch))?;
+                let seconds = time(stream, || {
+                    let [q, k, v, out] = room.lend();
+                    let (q, k, v) = (q.as_slice(), k.as_slice(), v.as_slice());
+                    let [lse] = lse.lend();
+                    let (table, lens) = (there.slice(0..pages), there.slice(pages..pages + batch));
+                    cuda::paged_attention(stream, &s, q, k, v, table, lens, out, lse)
+                })?;
+                (seconds, Work { bytes: 2 * (kv + q) * size, flops: 0.0 })
+            }
+            ("conv2d", &[batch, channels, out_channels, side, kernel]) => {
+                let padding = [0, kernel / 2, kernel / 2];
+                let s = ConvShape::conv2d(batch, channels, out_channels, [side; 2], [kernel; 2]);
+                let s = ConvShape { padding, ..s };
+                let places = s.out_size().iter().product::<usize>();
+                let sizes = [
+                    batch * channels * side * side,
+                    out_channels * channels * kernel * kernel,
+                    batch * out_channels * places,
+                ];
+                let mut room = Room::<T>::new(stream, &sizes)?;
+                let seconds = time(stream, || {
+                    let [x, w, y] = room.lend();
+                    cuda::conv(stream, &s, x.as_slice(), w.as_slice(), y)
+                })?;
+                let flops = 2.0 * (sizes[2] * channels * kernel * kernel) as f64;
+                (seconds, Work { bytes: sizes.iter().sum::<usize>() * size, flops })
+            }
+            ("embedding_backward", &[tokens, vocab, dim]) => {
+                let ids: Vec<i32> = (0..tokens).map(|t| (t * t * 31 % vocab) as i32).collect();
+                let mut there = Block::new(stream.device(), 4 * tokens)?;
+                stream.upload(&ids, there.slice_mut(0..tokens))?;
+                let mut room = Room::<T>::new(stream, &[tokens * dim])?;
+                let mut table = Room::<f32>::new(stream, &[vocab * dim])?;
+                let seconds = time(stream, || {
+                    let ([dy], [dtable]) = (room.lend(), table.lend());
+                    let (ids, dy) = (there.slice(0..tokens), dy.as_slice());
+                    cuda::embedding_backward(stream, ids, dy, dim, dtable)
+                })?;
+                (seconds, Work { bytes: tokens * dim * (size + 8), flops: 0.0 })
+            }
             ("adamw", &[n]) => {
                 let mut room = Room::<f32>::new(stream, &[n; 4])?;
                 let (beta1, beta2) = (0.9, 0.999);

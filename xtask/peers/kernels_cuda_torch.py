@@ -60,6 +60,25 @@ def cases(name, dtype, *n):
     if name == "cross_entropy":
         logits, targets = new(*n, dtype=dtype), torch.randint(0, n[1], (n[0],), device="cuda")
         return [lambda: F.cross_entropy(logits.float(), targets)]
+    # In 8 bits: the product of the same sizes in bf16, for what PyTorch has no kernel of.
+    if name in ("gemm_int8", "gemm_fp8_blocks"):
+        x, w = new(n[0], n[2], dtype=dtype), new(n[1], n[2], dtype=dtype)
+        return [lambda: x @ w.t()]
+    if name == "gemm_fp8":
+        x, w = (new(r, n[2], dtype=dtype).to(torch.float8_e4m3fn) for r in n[:2])
+        one = torch.ones((), device="cuda")
+        return [lambda: torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=dtype)]
+    if name == "paged_attention":
+        batch, length, heads, kv_heads, d = n
+        q, (k, v) = new(batch, heads, 1, d, dtype=dtype), (new(batch, kv_heads, length, d, dtype=dtype) for _ in range(2))
+        return [lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)]
+    if name == "conv2d":
+        batch, channels, out, side, kernel = n
+        x, w = new(batch, channels, side, side, dtype=dtype), new(out, channels, kernel, kernel, dtype=dtype)
+        return [lambda: F.conv2d(x, w, padding=kernel // 2)]
+    if name == "embedding_backward":
+        ids, dy = torch.randint(0, n[1], (n[0],), device="cuda"), new(n[0], n[2], dtype=dtype)
+        return [lambda: torch.ops.aten.embedding_dense_backward(dy, ids, n[1], -1, False)]
     if name == "adamw":
         p = torch.nn.Parameter(new(*n, dtype=torch.float32))
         p.grad = new(*n, dtype=torch.float32)

@@ -48,7 +48,7 @@ const TESTS: [(&str, &str, &[&str]); 3] = [
 ];
 
 /// Kernels: sizes of LLaMA and of what a GPU is judged by.
-const KERNELS: [&str; 18] = [
+const KERNELS: [&str; 26] = [
     "gemm bf16 8192 8192 8192",
     "gemm bf16 4096 4096 4096",
     "gemm bf16 4096 14336 4096",
@@ -67,6 +67,14 @@ const KERNELS: [&str; 18] = [
     "cross_entropy bf16 8192 50304",
     "cross_entropy bf16 8192 128256",
     "adamw f32 100000000",
+    "gemm_int8 bf16 1 4096 14336",
+    "gemm_int8 bf16 4096 4096 4096",
+    "gemm_fp8 bf16 8192 8192 8192",
+    "gemm_fp8_blocks bf16 4096 4096 4096",
+    "paged_attention bf16 32 4096 32 8 128",
+    "conv2d bf16 8 320 320 64 3",
+    "conv2d bf16 8 128 128 256 3",
+    "embedding_backward bf16 16384 128256 4096",
 ];
 
 /// Packs or runs.
