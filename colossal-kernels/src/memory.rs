@@ -29,9 +29,10 @@ impl Block {
         let ptr = unsafe { alloc(layout) };
         let ptr = NonNull::new(ptr).unwrap_or_else(|| handle_alloc_error(layout));
         #[cfg(all(target_os = "linux", not(miri)))]
-        if bytes >= HUGE {
+        if layout.align() == HUGE {
+            let pages = layout.size() / HUGE * HUGE;
             // SAFETY: whole pages of an allocation of ours. That advice is refused is no error.
-            unsafe { libc::madvise(ptr.as_ptr().cast(), bytes / HUGE * HUGE, libc::MADV_HUGEPAGE) };
+            unsafe { libc::madvise(ptr.as_ptr().cast(), pages, libc::MADV_HUGEPAGE) };
         }
         // SAFETY: `bytes` of them were just allocated.
         unsafe { ptr.as_ptr().write_bytes(0, bytes) };
@@ -39,8 +40,12 @@ impl Block {
     }
 
     fn layout(bytes: usize) -> Layout {
-        let align = if bytes >= HUGE { HUGE } else { 64 };
-        Layout::from_size_align(bytes.max(64), align)
+        // More than half of a huge page takes a whole one.
+        let (bytes, align) = match bytes {
+            n if n > HUGE / 2 => (n.max(HUGE), HUGE),
+            n => (n.max(64), 64),
+        };
+        Layout::from_size_align(bytes, align)
             .expect("an operand is smaller than half the address space")
     }
 
