@@ -22,8 +22,11 @@ fn reduced(op: ReduceOp, n: usize, i: usize) -> f32 {
 
 #[test]
 fn every_verb_equals_its_definition() {
-    for n in [1, 2, 3, 4] {
-        for part in [0, 1, 5, 3000] {
+    // Miri, under which this is a matter of minutes, gets what takes either path.
+    let (ranks, parts): (&[usize], &[usize]) =
+        if cfg!(miri) { (&[2, 3], &[1, 600]) } else { (&[1, 2, 3, 4], &[0, 1, 5, 3000]) };
+    for &n in ranks {
+        for &part in parts {
             let len = n * part;
             on_ranks(n, |g| {
                 let me = g.rank();

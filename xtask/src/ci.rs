@@ -27,6 +27,30 @@ pub(crate) fn test() -> Result<()> {
     run(&cargo(), &["test", "--workspace", "--doc"], &[])
 }
 
+/// A test program of a package, and the names of tests in it; none for all.
+pub(crate) type Suite<'a> = (&'a str, &'a str, &'a [&'a str]);
+
+/// Runs some tests of the workspace. A single package would be built with other features of what
+/// it stands on: anew, for minutes.
+pub(crate) fn suites(suites: &[Suite<'_>], env: &[(&str, &str)]) -> Result<()> {
+    if !exists("cargo-nextest", "--version") {
+        for (package, program, names) in suites {
+            let test = ["test", "-p", package, "--test", program, "--"];
+            run(&cargo(), &[&test[..], names].concat(), env)?;
+        }
+        return Ok(());
+    }
+    let any = |names: &[&str]| match names {
+        [] => "all()".into(),
+        _ => names.iter().map(|n| format!("test({n})")).collect::<Vec<_>>().join(" + "),
+    };
+    let of = |(package, program, names): &Suite<'_>| {
+        format!("(binary_id({package}::{program}) & ({}))", any(names))
+    };
+    let which = suites.iter().map(of).collect::<Vec<_>>().join(" + ");
+    run(&cargo(), &["nextest", "run", "--workspace", "-E", &which], env)
+}
+
 /// The engine over the other MPI. Its binding is built for one of them: before and after, anew.
 fn mpich(cargo: &str, mpi: &[&str]) -> Result<()> {
     if !exists("mpicc.mpich", "--version") {
@@ -67,9 +91,8 @@ pub(crate) fn ci(tested: bool) -> Result<()> {
     }
     // The kernels' own suite takes every path; here models are held to their references on each.
     for isa in ["portable", "avx2", "avx512"] {
-        let models = ["test", "-p", "colossal-models", "--test", "it", "--"];
-        let suites = ["goldens", "int8", "optimizers"];
-        run(&cargo, &[&models[..], &suites].concat(), &[("COLOSSAL_ISA", isa)])?;
+        let models = ("colossal-models", "it", &["goldens", "int8", "optimizers"][..]);
+        suites(&[models], &[("COLOSSAL_ISA", isa)])?;
     }
     elsewhere(&cargo)?;
     // CUDA without a GPU: kernels are built, and run on the CPU.

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{cargo, exists, run};
+use crate::ci::{Suite, suites};
+use crate::{exists, run};
 
 const SOURCES: &str = "colossal-kernels/cuda/stand_in";
 
@@ -31,7 +32,7 @@ pub(crate) fn stand_in() -> Result<()> {
     let path = folder.to_str().context("a path in UTF-8")?;
     let cache = folder.join(format!("cache-{:016x}", fingerprint()?));
     let cache = cache.to_str().context("a path in UTF-8")?;
-    let suite = ["test", "-p", "colossal-kernels", "--test", "cuda"];
+    let kernels: Suite<'_> = ("colossal-kernels", "cuda", &[]);
     let mut env = vec![
         ("LD_LIBRARY_PATH", path),
         ("COLOSSAL_CUDA_PATH", path),
@@ -39,15 +40,17 @@ pub(crate) fn stand_in() -> Result<()> {
         ("COLOSSAL_CUDA", "required"),
     ];
     // Products by the stand-in for cuBLASLt.
-    run(&cargo(), &suite, &env)?;
-    run(&cargo(), &["test", "-p", "colossal-tensor", "--test", "cuda"], &env)?;
-    let models = ["test", "-p", "colossal-models", "--test", "it", "--"];
-    run(&cargo(), &[&models[..], &MODELS].concat(), &env)?;
-    run(&cargo(), &["test", "-p", "colossal-apps", "--test", "cuda"], &env)?;
+    let all = [
+        kernels,
+        ("colossal-tensor", "cuda", &[]),
+        ("colossal-models", "it", &MODELS),
+        ("colossal-apps", "cuda", &[]),
+    ];
+    suites(&all, &env)?;
     // And by our own kernels.
     env.push(("COLOSSAL_NO_CUBLASLT", "1"));
     for order in ORDERS {
-        run(&cargo(), &suite, &[&env[..], &[("STAND_IN_ORDER", order)]].concat())?;
+        suites(&[kernels], &[&env[..], &[("STAND_IN_ORDER", order)]].concat())?;
     }
     Ok(())
 }
