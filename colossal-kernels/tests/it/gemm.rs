@@ -77,6 +77,29 @@ fn products_of_all_layouts_and_epilogues() {
     });
 }
 
+/// Rows are cut into tiles, whose last one has what is left: every number of rows has its kernel.
+fn any_number_of_rows<T: Float>(place: &str) {
+    let (n, k) = (26, 70);
+    let (a, b): (Vec<T>, Vec<T>) = (noise(64 * k, 1), noise(n * k, 2));
+    let bt = transposed(&wide(&b), n, k);
+    for m in 1..=64 {
+        let a = &a[..m * k];
+        let want = reference::gemm(m, n, k, &wide(a), &bt);
+        let mut c = vec![0.0f32; m * n];
+        let (a, b) = (Mat::new(a, m, k), Mat::new(&b, n, k).t());
+        gemm(a, b, MatMut::new(&mut c, m, n), &Epilogue::default());
+        close(&format!("{m} rows of {}, {place}", T::NAME), &c, &want, 2e-5);
+    }
+}
+
+#[test]
+fn any_number_of_rows_has_its_kernel() {
+    everywhere(|place| {
+        any_number_of_rows::<f32>(place);
+        any_number_of_rows::<bf16>(place);
+    });
+}
+
 #[test]
 fn batched_products_take_strides() {
     everywhere(|place| {
