@@ -9,8 +9,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use colossal_kernels::cuda::{Build, catalog};
 
-/// Kernels that may spill, and how many bytes: a predicate or two around the main loop.
-const MAY_SPILL: [(&str, u32); 3] = [("gemm_mm", 8), ("attention_backward_kv", 16), ("decode", 8)];
+/// Kernels that may spill, on which architectures, and how many bytes: a predicate or two around the
+/// main loop; on Blackwell some more for heads of 192 and 256 channels.
+const MAY_SPILL: [(&str, &str, u32); 4] = [
+    ("sm_", "gemm_mm", 8),
+    ("sm_", "attention_backward_kv", 16),
+    ("sm_", "decode", 8),
+    ("sm_1", "attention_backward_q", 72),
+];
 
 fn main() -> ExitCode {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
@@ -83,7 +89,10 @@ fn build(folder: &Path, archs: &[String], but: &str) -> Result<usize, Box<dyn st
         for Kernel { name, registers, shared, spills } in kernels {
             count += 1;
             table += &format!("{arch}\t{label}\t{name}\t{registers}\t{shared}\t{spills}\n");
-            let allowed = MAY_SPILL.iter().find(|(k, _)| k == name).map_or(0, |(_, n)| *n);
+            let allowed = MAY_SPILL
+                .iter()
+                .find(|(on, k, _)| arch.starts_with(on) && k == name)
+                .map_or(0, |(_, _, n)| *n);
             if *spills > allowed {
                 spilling += 1;
                 eprintln!("{arch}: {name} of {label} spills {spills} bytes");
