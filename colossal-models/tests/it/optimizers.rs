@@ -47,6 +47,8 @@ fn every_optimizer_under_every_cut_equals_one_device() {
         for rule in rules() {
             let one = train_with(&Group::solo(), &Plan::default(), &config, 8, with(rule));
             let first = one.losses[0];
+            // CAME divides by how little its steps differ, so it shows rounding enlarged.
+            let tolerance = if matches!(rule, Rule::Came { .. }) { 4e-3 } else { 2e-3 };
             assert!(one.losses.iter().any(|l| (l - first).abs() > 1e-3 * first), "{rule:?}");
             for plan in plans {
                 let run = |world| train_with(&world, plan, &config, 8, with(rule));
@@ -54,7 +56,7 @@ fn every_optimizer_under_every_cut_equals_one_device() {
                     let what = |k: &str| format!("{rule:?} {plan:?} {k}");
                     close(&what("losses"), &outcome.losses, &one.losses, 5e-5);
                     for (key, values) in &outcome.weights {
-                        close(&what(key), values, &one.weights[key], 2e-3);
+                        close(&what(key), values, &one.weights[key], tolerance);
                     }
                 }
             }
