@@ -12,14 +12,12 @@ use crate::gemm::with_workspace;
 use crate::isa::simd;
 use crate::math::exp;
 
-/// Bytes that a stream is asked for before it is read.
-const AHEAD: usize = 4096;
-
-/// Asks for the row of `len` elements that lies [`AHEAD`] bytes, or a row, beyond row `j`.
+/// Asks for the row of `len` elements that lies 4096 bytes, or a row, beyond row `j`.
 #[inline(always)]
 fn prefetch<T>(x: &[T], j: usize, stride: usize, len: usize) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     {
+        const AHEAD: usize = 4096;
         let at = (j + (AHEAD / (len * size_of::<T>())).max(1)) * stride;
         if let Some(row) = x.get(at..at + len) {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
