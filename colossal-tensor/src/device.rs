@@ -3,6 +3,7 @@
 use colossal_kernels::cuda::{self, Stream};
 
 use crate::error::{Error, Result};
+use crate::storage::release_orphans;
 
 /// A place for tensors. On a GPU everything of a rank is done in the order of one stream.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -21,7 +22,11 @@ impl Device {
     /// # Errors
     /// [`Error::Other`] for another name, [`Error::Cuda`] when there is no such GPU.
     pub fn named(name: &str, rank: usize) -> Result<Device> {
-        let gpu = |number| Ok(Device::Cuda(Stream::new(number)?));
+        let gpu = |number| {
+            // A thread that makes one model after the other needs the memory of the last.
+            release_orphans();
+            Ok(Device::Cuda(Stream::new(number)?))
+        };
         match name {
             "cpu" => Ok(Device::Cpu),
             "auto" => match cuda::devices() {

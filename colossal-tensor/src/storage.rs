@@ -64,6 +64,7 @@ impl Buffer {
             None => {
                 let made = cuda::Block::new(stream.device(), capacity).or_else(|error| {
                     release_of(place);
+                    release_orphans();
                     match error {
                         cuda::Error::OutOfMemory { .. } => {
                             cuda::Block::new(stream.device(), capacity)
@@ -273,6 +274,16 @@ fn release_of(place: usize) {
     drop(freed);
 }
 
+/// Gives back what this thread keeps for streams that nobody else has any more.
+pub(crate) fn release_orphans() {
+    // Freed after the cache is no longer borrowed, as above.
+    let freed = CACHE.try_with(|c| {
+        let pools = &mut c.borrow_mut().pools;
+        pools.extract_if(|_, pool| pool.is_orphan()).collect::<Vec<_>>()
+    });
+    drop(freed);
+}
+
 /// Memory that was counted as taken could not be had.
 fn forget(place: usize, capacity: usize) {
     let _ = CACHE.try_with(|c| {
@@ -303,6 +314,18 @@ struct Cache {
 struct Pool {
     free: HashMap<usize, Vec<Memory>>,
     stats: MemoryStats,
+}
+
+impl Pool {
+    /// Does nobody but the buffers that are kept here have their stream?
+    fn is_orphan(&self) -> bool {
+        match self.free.values().flatten().next() {
+            Some(Memory::Cuda(_, stream)) => {
+                stream.owners() == self.free.values().map(Vec::len).sum::<usize>()
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Cached memory is bounded by the peak of live memory, and by this when little was ever live.

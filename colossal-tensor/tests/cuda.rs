@@ -206,3 +206,27 @@ fn who_is_late_is_named() {
         late.join().unwrap();
     });
 }
+
+#[test]
+fn a_thread_gives_back_what_it_kept_for_streams_that_are_gone() {
+    let Some(last) = gpus().checked_sub(1) else {
+        return println!("no CUDA: nothing was run");
+    };
+    const BYTES: usize = 48 << 20;
+    let name = format!("cuda:{last}");
+    let make = || Device::named(&name, 0).unwrap();
+    let reserved = |device: &Device| device.stream().map_or(0, |s| s.device().reserved());
+    let alive = make();
+    let kept = Buffer::on(&alive, BYTES).unwrap();
+    let before = reserved(&alive);
+    for _ in 0..8 {
+        // Its buffer is kept for its next step, and it has none.
+        drop(Buffer::on(&make(), BYTES).unwrap());
+    }
+    // Of a stream that is still used memory is kept.
+    drop(kept);
+    let device = make();
+    let after = reserved(&device);
+    // Others may use the device meanwhile, for tests of less than that.
+    assert!((before..before + BYTES).contains(&after), "{after} bytes, {before} before");
+}

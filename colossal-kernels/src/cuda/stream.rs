@@ -82,6 +82,11 @@ impl Stream {
         Ok(self.beside.get_or_init(|| made))
     }
 
+    /// How many clones of it there are, this one included.
+    pub fn owners(&self) -> usize {
+        Arc::strong_count(&self.stream)
+    }
+
     /// It without owning it.
     pub fn downgrade(&self) -> WeakStream {
         WeakStream { device: self.device.clone(), stream: Arc::downgrade(&self.stream) }
