@@ -45,7 +45,12 @@ impl<T> Default for Epilogue<'_, T> {
 
 impl<T> Epilogue<'_, T> {
     pub(super) fn is_plain(&self) -> bool {
-        self.alpha == 1.0 && self.bias.is_none() && self.activation == Activation::None
+        self.is_sum() && self.bias.is_none()
+    }
+
+    /// Nothing but sums: a product may be added to what the bias, or c, was before.
+    pub(super) fn is_sum(&self) -> bool {
+        self.alpha == 1.0 && self.activation == Activation::None
     }
 }
 
@@ -58,19 +63,31 @@ pub(super) struct Sink<'a, O, E> {
 }
 
 impl<O: Float, E: Float> Sink<'_, O, E> {
-    /// Where a tile of c starts, if the kernel may write it by itself.
+    /// Where a tile of c starts, if the kernel may write it by itself, and whether it adds to what
+    /// is there: the bias, by then, if there is one.
     #[inline(always)]
     pub(super) fn direct(
         &self,
         row: usize,
         col: usize,
         [rows, cols]: [usize; 2],
-    ) -> Option<*mut f32> {
-        if O::NAME != "f32" || self.col_stride != 1 || !self.epilogue.is_plain() {
+    ) -> Option<(*mut f32, bool)> {
+        let e = &self.epilogue;
+        if O::NAME != "f32" || self.col_stride != 1 || !e.is_sum() {
             return None;
         }
         let at = row * self.row_stride + col;
-        Some(self.data.at(at..at + (rows - 1) * self.row_stride + cols).cast())
+        let c: *mut f32 = self.data.at(at..at + (rows - 1) * self.row_stride + cols).cast();
+        let Some(bias) = e.bias else { return Some((c, e.accumulate)) };
+        if e.accumulate || E::NAME != "f32" {
+            return None;
+        }
+        let bias: &[f32] = bytemuck::cast_slice(&bias[col..col + cols]);
+        for i in 0..rows {
+            // SAFETY: rows of the tile are in bounds and belong to this piece alone.
+            unsafe { c.add(i * self.row_stride).copy_from_nonoverlapping(bias.as_ptr(), cols) };
+        }
+        Some((c, true))
     }
 
     /// Writes a tile, whose rows lie `stride` apart, at `(row, col)` of c.

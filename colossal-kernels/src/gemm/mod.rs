@@ -185,10 +185,11 @@ pub fn gemm<T: Float, O: Float>(
     if skinny::fits(&a, &b) || a.cols <= depth {
         return one_pass(a, b, &sink);
     }
-    if O::NAME == "f32" && e.is_plain() {
-        // Deep products whose result is f32 anyway add up in place.
+    if O::NAME == "f32" && e.is_sum() {
+        // Deep products whose result is f32 anyway add up in place, after the bias.
         for (i, [part_a, part_b]) in slabs(a, b, depth).enumerate() {
-            let epilogue = Epilogue { accumulate: e.accumulate || i > 0, ..*e };
+            let bias = if i == 0 { e.bias } else { None };
+            let epilogue = Epilogue { accumulate: e.accumulate || i > 0, bias, ..*e };
             pass(part_a, part_b, &Sink { data: Parts::new(&mut *c.data), epilogue, ..sink });
         }
         return;
@@ -308,9 +309,9 @@ fn pass<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<
                             None => size_a,
                         });
                         if size[1] == nr
-                            && let Some(c) = sink.direct(row, col, size)
+                            && let Some((c, add)) = sink.direct(row, col, size)
                         {
-                            let (stride, add) = (sink.row_stride, sink.epilogue.accumulate);
+                            let stride = sink.row_stride;
                             // SAFETY: whole rows of f32 in bounds, this item's alone.
                             unsafe {
                                 kernel.tile_at(
