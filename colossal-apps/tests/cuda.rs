@@ -82,6 +82,7 @@ fn training_on_a_gpu_equals_training_on_the_cpu() {
         ("one", &[][..]),
         ("two", &["--plan.dp", "2", "--plan.zero", "1", "--plan.microbatches", "2"]),
         ("bf16", &["--plan.precision", "bf16"]),
+        ("fp8", &["--plan.fp8", "block"]),
         ("experts", &[]),
     ] {
         let on = |device: &str| {

@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 KERNEL(fp8_dequantize)
 
-struct Operands { Sides sides; Scales x, w; T* y; u32 x_e5m2, w_e5m2; };
+struct Operands { Sides sides; Scales x, w; const T* bias; T* y; u32 x_e5m2, w_e5m2; u64 accumulate; };
 
 /// Four numbers as two pairs of f16: the first two, the others. e4m3 come out 2^-8 of their value.
 INLINE void widen_pairs(u32 bytes, u32 shift, u32& first, u32& second) {
@@ -158,7 +158,9 @@ extern "C" __global__ void __launch_bounds__(128) fp8_product(Operands o) {
 #pragma unroll
       for (u32 e = 0; e < 4; ++e) {
         const u32 row = row0 + 16 * i + e / 2 * 8, col = col0 + 8 * j + e % 2;
-        if (row < o.sides.m && col < o.sides.n) narrow(sums[i][j][e], o.y[(u64)row * o.sides.n + col]);
+        if (row >= o.sides.m || col >= o.sides.n) continue;
+        T& y = o.y[(u64)row * o.sides.n + col];
+        narrow(sums[i][j][e] + (o.bias ? widen(o.bias[col]) : 0.0f) + (o.accumulate ? widen(y) : 0.0f), y);
       }
 }
 KERNEL(fp8_product)

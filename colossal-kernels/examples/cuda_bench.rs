@@ -262,7 +262,7 @@ impl Bench {
                     .collect();
                 let seconds = time(stream, || {
                     let [_, _, y] = room.lend();
-                    cuda::gemm_fp8(stream, mats[0], mats[1], y)
+                    cuda::gemm_fp8(stream, mats[0], mats[1], None, false, y)
                 })?;
                 let bytes = (m + n) * k + m * n * size;
                 (seconds, Work { bytes, flops: (m * n * k) as f64 })

@@ -10,6 +10,8 @@
 //! | `y [m, n]` | `x` e4m3 | `w` e4m3 |
 //! | `dx [m, k]` | `dy` e5m2 | `wᵀ` e4m3 |
 //! | `dw [n, k]` | `dyᵀ` e5m2 | `xᵀ` e4m3 |
+//!
+//! With blocks all of them are e4m3, as there.
 
 use crate::float::Float;
 use crate::gemm::{Epilogue, Mat, MatMut, gemm, with_workspace};
@@ -265,26 +267,42 @@ pub fn dequantize_fp8<T: Float>(a: Fp8Mat<'_>, y: &mut [T]) {
     });
 }
 
-/// `y [m, n] = a bᵀ` of `a [m, k]` and `b [n, k]`. Nothing on a CPU multiplies them as they are: both
-/// are widened to f32 first, in scratch.
+/// `y [m, n] = a bᵀ + bias`, or `y += …`, of `a [m, k]` and `b [n, k]`. Nothing on a CPU multiplies them
+/// as they are: both are widened to f32 first, in scratch.
 ///
 /// # Panics
 /// When sizes do not fit.
-pub fn gemm_fp8<T: Float>(a: Fp8Mat<'_>, b: Fp8Mat<'_>, y: &mut [T]) {
-    check_gemm([a.rows, a.cols], [b.rows, b.cols], y.len());
+pub fn gemm_fp8<T: Float>(
+    a: Fp8Mat<'_>,
+    b: Fp8Mat<'_>,
+    bias: Option<&[T]>,
+    accumulate: bool,
+    y: &mut [T],
+) {
+    check_gemm([a.rows, a.cols], [b.rows, b.cols], bias.map(<[T]>::len), y.len());
     let (m, n, k) = (a.rows, b.rows, a.cols);
-    with_workspace((m + n) * k, |space| {
+    with_workspace((m + n) * k + n, |space| {
         let (x, w) = space.split_at_mut(m * k);
+        let (w, wide) = w.split_at_mut(n * k);
         dequantize_fp8(a, x);
         dequantize_fp8(b, w);
-        let e = Epilogue::default();
+        let bias = bias.map(|bias| {
+            wide.iter_mut().zip(bias).for_each(|(wide, b)| *wide = b.to_f32());
+            &*wide
+        });
+        let e = Epilogue { bias, accumulate, ..Epilogue::default() };
         gemm(Mat::new(x, m, k), Mat::new(w, n, k).t(), MatMut::new(y, m, n), &e);
     });
 }
 
-pub(crate) fn check_gemm([m, k]: [usize; 2], [n, depth]: [usize; 2], y: usize) {
+pub(crate) fn check_gemm(
+    [m, k]: [usize; 2],
+    [n, depth]: [usize; 2],
+    bias: Option<usize>,
+    y: usize,
+) {
     assert!(
-        k == depth && y == m * n,
+        k == depth && y == m * n && bias.is_none_or(|b| b == n),
         "gemm_fp8: [{m}, {k}] x [{n}, {depth}] transposed does not give {y} elements"
     );
 }

@@ -15,6 +15,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::dtype::{Dtype, Element, float};
 use crate::error::{Error, Result};
 use crate::kernels;
+use crate::ops::Fp8Recipe;
 use crate::placement::{Dim, Layout, Placement};
 use crate::random;
 use crate::storage::Buffer;
@@ -43,6 +44,7 @@ pub struct Param {
     /// Is it read otherwise too, as a tied table is?
     shared: AtomicBool,
     int8: OnceLock<Int8Matrix>,
+    fp8: RwLock<Option<Fp8Recipe>>,
 }
 
 impl Param {
@@ -190,6 +192,21 @@ impl Param {
     /// The matrix in int8, if it was rounded.
     pub fn int8(&self) -> Option<&Int8Matrix> {
         self.int8.get()
+    }
+
+    /// Has the matrix of a linear layer multiplied in fp8 from here on, forward and backward, or no
+    /// longer. Its values stay as they are. Does nothing to other parameters: tables and heads
+    /// ([`Dim::Vocab`]), routers, scores and low-rank factors ([`Dim::Other`]) are not rounded.
+    pub fn set_fp8(&self, recipe: Option<Fp8Recipe>) {
+        let inner = |d: &Dim| !matches!(d, Dim::Vocab(_) | Dim::Other(_));
+        if self.factor.load(Ordering::Relaxed) && self.dims.iter().all(inner) {
+            *self.fp8.write() = recipe;
+        }
+    }
+
+    /// How it is rounded for products in fp8, if it is.
+    pub fn fp8(&self) -> Option<Fp8Recipe> {
+        *self.fp8.read()
     }
 
     /// The local part in f32.
@@ -511,6 +528,7 @@ impl Params {
             factor: AtomicBool::new(false),
             shared: AtomicBool::new(false),
             int8: OnceLock::new(),
+            fp8: RwLock::new(None),
         });
         if self.drawn && !self.scope.is_fake() {
             param.draw(self.seed)?;

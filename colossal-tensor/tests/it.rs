@@ -6,6 +6,8 @@ use proptest::prelude::*;
 
 #[path = "it/context.rs"]
 mod context;
+#[path = "it/fp8.rs"]
+mod fp8;
 #[path = "it/grids.rs"]
 mod grids;
 #[path = "it/moe.rs"]

@@ -16,12 +16,13 @@ const SOURCES: &str = "colossal-kernels/cuda/stand_in";
 const ORDERS: [&str; 3] = ["0", "1", "77"];
 
 /// Tests of models that take seconds on the stand-in: references, resumption, plans, memory.
-const MODELS: [&str; 7] = [
+const MODELS: [&str; 8] = [
     "goldens",
     "a_resumed_run",
     "a_later_step",
     "many_steps",
     "bf16_follows",
+    "fp8_follows",
     "every_sequence_mode",
     "grids_of_nine",
 ];
@@ -43,6 +44,7 @@ pub(crate) fn stand_in() -> Result<()> {
     let all = [
         kernels,
         ("colossal-tensor", "cuda", &[]),
+        ("colossal-tensor", "it", &["fp8"]),
         ("colossal-models", "it", &MODELS),
         ("colossal-apps", "cuda", &[]),
     ];

@@ -43,8 +43,10 @@ struct Scales {
 struct Operands {
     sides: Sides,
     scales: [Scales; 2],
+    bias: u64,
     y: u64,
     e5m2: [u32; 2],
+    accumulate: u64,
 }
 
 impl Fp8Mat<'_> {
@@ -146,7 +148,7 @@ pub fn dequantize_fp8<T: Float>(stream: &Stream, a: Fp8Mat<'_>, y: SliceMut<'_, 
     )
 }
 
-/// `y [m, n] = a bᵀ`: the twin of [`gemm_fp8`](crate::gemm_fp8). On the tensor cores' fp8 by cuBLASLt from
+/// `y [m, n] = a bᵀ + bias`, or `y += …`: the twin of [`gemm_fp8`](crate::gemm_fp8). On the tensor cores' fp8 by cuBLASLt from
 /// sm_89 on, if each operand has one scale; else by our own kernel, in f16.
 ///
 /// # Panics
@@ -155,11 +157,13 @@ pub fn gemm_fp8<T: Float>(
     stream: &Stream,
     a: Fp8Mat<'_>,
     b: Fp8Mat<'_>,
+    bias: Option<Slice<'_, T>>,
+    accumulate: bool,
     y: SliceMut<'_, T>,
 ) -> Result<()> {
     a.check("gemm_fp8");
     b.check("gemm_fp8");
-    check_gemm([a.rows, a.cols], [b.rows, b.cols], y.len());
+    check_gemm([a.rows, a.cols], [b.rows, b.cols], bias.map(|b| b.len()), y.len());
     let (sizes, pitch) = ([a.rows, b.rows, a.cols], fp8_pitch(a.cols));
     if y.is_empty() {
         return Ok(());
@@ -168,6 +172,8 @@ pub fn gemm_fp8<T: Float>(
         && b.scaling == Fp8Scaling::Tensor
         && stream.device().capability() >= (8, 9)
         && sizes.iter().all(|s| s % 16 == 0 && *s > 0)
+        // It takes a bias of 16 bits only.
+        && (bias.is_none() || T::NAME != "f32")
     {
         let side = |m: &Fp8Mat<'_>, transposed| Side {
             address: m.data.address(),
@@ -181,8 +187,8 @@ pub fn gemm_fp8<T: Float>(
             c: y.address(),
             c_stride: b.rows,
             alpha: 1.0,
-            accumulate: false,
-            bias: None,
+            accumulate,
+            bias: bias.map(|b| b.address()),
             scales: Some([a.scales.address(), b.scales.address()]),
             inputs: [a.name(), b.name()],
             output: T::NAME,
@@ -196,8 +202,10 @@ pub fn gemm_fp8<T: Float>(
     let operands = Operands {
         sides: Sides::new([a.data.address(), b.data.address()], [a.rows, b.rows, pitch]),
         scales: [a.scales(), b.scales()],
+        bias: bias.map_or(0, |b| b.address()),
         y: y.address(),
         e5m2: [a.format, b.format].map(|f| u32::from(f == Fp8::E5m2)),
+        accumulate: u64::from(accumulate),
     };
     let f = stream.function(&FP8, &[("TYPE", T::CUDA)], "fp8_product")?;
     f.launch(operands.sides.grid(), args![Plain(operands)])

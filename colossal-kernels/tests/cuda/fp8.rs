@@ -123,10 +123,14 @@ fn products<T: Float>(stream: &Stream) {
                     of(&w, [n, k], false, e5m2, scaling),
                 ),
             ] {
-                let mut y = vec![T::zeroed(); a.sizes[0] * b.sizes[0]];
+                // Outputs have a bias, gradients of weights add up.
+                let mut y = noise::<T>(a.sizes[0] * b.sizes[0], 4);
                 let mut y2 = Device::new(stream, &y, 0);
-                gemm_fp8(a.here(), b.here(), &mut y);
-                cuda::gemm_fp8(stream, a.there(), b.there(), y2.all_mut()).unwrap();
+                let (bias, add) = (noise::<T>(b.sizes[0], 5), what == "dw");
+                let bias2 = Device::new(stream, &bias, 0);
+                gemm_fp8(a.here(), b.here(), (what == "y").then_some(&bias), add, &mut y);
+                let bias2 = (what == "y").then(|| bias2.all());
+                cuda::gemm_fp8(stream, a.there(), b.there(), bias2, add, y2.all_mut()).unwrap();
                 // Relative to the largest: terms are of many sizes.
                 let top = y.iter().fold(0.0f32, |m, y| m.max(y.to_f32().abs()));
                 let scaled = |y: &[T]| -> Vec<T> {
@@ -165,7 +169,7 @@ fn nothing_is_lost() {
             let b =
                 cuda::Fp8Mat { data: q2.all(), scales: s2.all(), rows: 8, cols, format, scaling };
             let mut y = Device::new(&stream, &[0f32; 32], 0);
-            cuda::gemm_fp8(&stream, a, b, y.all_mut()).unwrap();
+            cuda::gemm_fp8(&stream, a, b, None, false, y.all_mut()).unwrap();
             assert!(y.get()[8..16].iter().all(|y| !y.is_finite()), "{bad} is lost: {:?}", y.get());
         }
     }

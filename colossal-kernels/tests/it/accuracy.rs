@@ -65,6 +65,25 @@ fn measure<T: Float>(table: &mut Table, column: usize) {
     t.row("product of depth 768", &c, &product);
     gemm_int8(&a, m, &Int8Matrix::quantize(&b, n, k), None, &mut c);
     t.row("the same with int8 weights", &c, &product);
+    for (name, scaling) in [
+        ("the same in fp8 (e4m3), a scale a matrix", [Fp8Scaling::Tensor; 2]),
+        ("the same in fp8 (e4m3), 1 x 128 and 128 x 128", [Fp8Scaling::Rows, Fp8Scaling::Blocks]),
+    ] {
+        let rounded = [(&a, m), (&b, n)].into_iter().zip(scaling).map(|((x, rows), scaling)| {
+            let mut q = vec![0; rows * fp8_pitch(k)];
+            let mut scales = vec![0.0; scaling.count(rows, k)];
+            quantize_fp8(x, rows, k, false, Fp8::E4m3, scaling, &mut q, &mut scales);
+            (q, scales, rows, scaling)
+        });
+        let rounded: Vec<_> = rounded.collect();
+        let [x, w] = [0, 1].map(|i| {
+            let (data, scales, rows, scaling) = &rounded[i];
+            let (rows, scaling, format) = (*rows, *scaling, Fp8::E4m3);
+            Fp8Mat { data, scales, rows, cols: k, format, scaling }
+        });
+        gemm_fp8(x, w, None, false, &mut c);
+        t.row(name, &c, &product);
+    }
 
     let s = AttentionShape::new(1, 96, 96, 2, 1, 64);
     let (nq, nk) = (96 * 2 * 64, 96 * 64);

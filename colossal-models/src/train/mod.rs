@@ -13,6 +13,6 @@ pub use checkpoint::{load_checkpoint, save_checkpoint};
 pub use data::{Batch, Sequences};
 pub use lr_schedule::{Decay, LrSchedule};
 pub use optimizer::{AdamW, Optimizer, Rule};
-pub use plan::{Plan, Precision, SequenceMode, TensorMode};
+pub use plan::{Fp8, Plan, Precision, SequenceMode, TensorMode};
 pub use report::StepReport;
 pub use trainer::{Trainer, lm_loss};

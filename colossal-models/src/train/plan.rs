@@ -1,6 +1,8 @@
 //! How a model is trained: a value with public fields, from code or from TOML.
 
-use colossal_tensor::{Context, Device, Dtype, Error, Mesh, Result, Role, Scope, Sharding};
+use colossal_tensor::{
+    Context, Device, Dtype, Error, Fp8Recipe, Mesh, Result, Role, Scope, Sharding,
+};
 use colossal_zero::Stage;
 use serde::{Deserialize, Serialize};
 
@@ -42,6 +44,10 @@ pub struct Plan {
     pub recompute: bool,
     /// What parameters and activations are held in. Masters and gradients are f32.
     pub precision: Precision,
+    /// The linear layers of blocks multiply in fp8, forward and backward: `off`; `tensor`: a scale for
+    /// each matrix, e4m3 and e5m2; `block`: a scale for 128 elements, or 128 x 128, e4m3. Embeddings,
+    /// heads, norms, attention, routers and stacked experts stay in `precision`.
+    pub fp8: Fp8,
     /// Gradients are accumulated over so many microbatches before each update.
     pub microbatches: usize,
     /// Gradients are reduced in buckets of so many MiB.
@@ -64,6 +70,7 @@ impl Default for Plan {
             zero: 0,
             recompute: false,
             precision: Precision::F32,
+            fp8: Fp8::default(),
             microbatches: 1,
             bucket_mib: 4,
         }
@@ -87,6 +94,30 @@ impl Precision {
         match self {
             Precision::F32 => Dtype::F32,
             Precision::Bf16 => Dtype::Bf16,
+        }
+    }
+}
+
+/// How linear layers are rounded to 8 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fp8 {
+    /// Not at all.
+    #[default]
+    Off,
+    /// [`Fp8Recipe::Tensor`].
+    Tensor,
+    /// [`Fp8Recipe::Block`].
+    Block,
+}
+
+impl Fp8 {
+    /// As layers take it.
+    pub fn recipe(self) -> Option<Fp8Recipe> {
+        match self {
+            Fp8::Off => None,
+            Fp8::Tensor => Some(Fp8Recipe::Tensor),
+            Fp8::Block => Some(Fp8Recipe::Block),
         }
     }
 }
@@ -311,6 +342,15 @@ impl Plan {
                 "depth = {} belongs to tensor = \"2.5d\"; set that or leave depth out",
                 self.depth
             ));
+        }
+        let overlapped = self.sequence_parallel == SequenceMode::Ring;
+        if self.fp8 != Fp8::Off && (self.tensor != TensorMode::OneD || overlapped) {
+            return refuse(
+                "fp8 multiplies what a rank holds; products of tensor = \"2d\", \"2.5d\", \"3d\" and \
+                 sequence_parallel = \"ring\" send parts round. Use tensor = \"1d\" with \
+                 \"split_gather\", or leave out fp8"
+                    .into(),
+            );
         }
         Ok(())
     }

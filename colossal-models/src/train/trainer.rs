@@ -112,6 +112,7 @@ impl Trainer {
         for param in model.params.all().into_iter().rev() {
             // Refuses values that cannot be read, as those held in int8.
             drop(param.lease()?);
+            param.set_fp8(plan.fp8.recipe());
             // What never learns by gradients keeps its own memory.
             if !param.is_trainable() {
                 continue;

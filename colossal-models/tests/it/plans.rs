@@ -8,7 +8,7 @@ use colossal_models::gpt2::Gpt2Config;
 use colossal_models::llama::LlamaConfig;
 use colossal_models::mixtral::MixtralConfig;
 use colossal_models::train::{
-    AdamW, Batch, LrSchedule, Optimizer, Plan, Precision, SequenceMode, TensorMode, Trainer,
+    AdamW, Batch, Fp8, LrSchedule, Optimizer, Plan, Precision, SequenceMode, TensorMode, Trainer,
     lm_loss,
 };
 use colossal_models::{CausalLm, Decoder, DecoderConfig, Group, Scope, Training, hf};
@@ -383,6 +383,45 @@ fn bf16_follows_f32_and_learns() {
     assert!(learnt[0][39] < 0.5 * learnt[0][0], "{:?}", learnt[0]);
 }
 
+/// Losses in fp8 are within 1 % of those in bf16, under tensor parallelism (whose scales are of the parts)
+/// as on one rank.
+fn follows_in_fp8(config: &DecoderConfig, plans: &[Plan]) {
+    let bf16 = Plan { precision: Precision::Bf16, ..Plan::default() };
+    let one = train(&Group::solo(), &bf16, config, 8);
+    for plan in plans {
+        let plan = Plan { precision: Precision::Bf16, ..plan.clone() };
+        for outcome in on_ranks(plan.ranks(), |w| train(&w, &plan, config, 8)) {
+            assert_ne!(outcome.losses, one.losses);
+            close(&format!("losses in fp8 = {:?}", plan.fp8), &outcome.losses, &one.losses, 1e-2);
+        }
+    }
+}
+
+#[test]
+fn fp8_follows_bf16() {
+    let sequence_parallel = SequenceMode::SplitGather;
+    let plan = Plan { fp8: Fp8::Tensor, tp: 2, sequence_parallel, ..Plan::default() };
+    follows_in_fp8(&llama(), &[plan, Plan { fp8: Fp8::Block, ..Plan::default() }]);
+}
+
+#[test]
+fn every_model_follows_bf16_in_fp8_and_learns() {
+    for fp8 in [Fp8::Tensor, Fp8::Block] {
+        let plan = Plan { fp8, ..Plan::default() };
+        let plans = [
+            plan.clone(),
+            Plan { tp: 2, ..plan.clone() },
+            Plan { dp: 2, zero: 2, recompute: true, ..plan.clone() },
+        ];
+        [llama(), gpt2(), mixtral()].iter().for_each(|config| follows_in_fp8(config, &plans));
+        let plan = Plan { precision: Precision::Bf16, ..plan };
+        let group = Group::solo();
+        let mut trainer = Trainer::new(&group, &plan, &llama(), optimizer(), 3).unwrap();
+        let losses: Vec<f32> = (0..40).map(|_| trainer.step(&batch(0)).unwrap().loss).collect();
+        assert!(losses[39] < 0.1 * losses[0], "{fp8:?}: {losses:?}");
+    }
+}
+
 #[test]
 fn plans_that_do_not_fit_say_what_would() {
     let refuse = |plan: Plan, ranks: usize| {
@@ -397,6 +436,11 @@ fn plans_that_do_not_fit_say_what_would() {
     assert!(text.contains("does not divide by the 3 ranks of axis tp"), "{text}");
     let text = refuse(context(SequenceMode::SplitGather, 1, Plan::default()), 1);
     assert!(text.contains("sequence_parallel"), "{text}");
+    let text = refuse(grid(TensorMode::TwoD, 4, 1, Plan { fp8: Fp8::Block, ..Plan::default() }), 4);
+    assert!(text.contains("fp8") && text.contains("1d"), "{text}");
+    let ring = Plan { fp8: Fp8::Tensor, tp: 2, ..Plan::default() };
+    let text = refuse(Plan { sequence_parallel: SequenceMode::Ring, ..ring }, 2);
+    assert!(text.contains("fp8") && text.contains("split_gather"), "{text}");
     let unknown = toml::from_str::<Plan>("dpp = 2").unwrap_err().to_string();
     assert!(unknown.contains("dpp") && unknown.contains("dp"), "{unknown}");
 }

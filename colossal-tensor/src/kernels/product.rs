@@ -1,7 +1,7 @@
-//! Products: of matrices, of ragged groups, with weights in int8.
+//! Products: of matrices, of ragged groups, with weights in int8, of fp8.
 
 use colossal_kernels::cuda;
-use colossal_kernels::{Float, Int8Matrix};
+use colossal_kernels::{Float, Fp8, Fp8Scaling, Int8Matrix};
 
 use super::operand::{Lend, Operand, on_cuda, on_host, stream_of};
 use crate::error::Result;
@@ -145,6 +145,79 @@ pub fn gemm_int8<T: Float>(
             on_cuda!(stream, (x, bias, y) => cuda::gemm_int8(&stream, x, m, w, bias, y))
         }
         None => on_host!((x, bias, y) => colossal_kernels::gemm_int8(x, m, w, bias, y)),
+    }
+    Ok(())
+}
+
+/// A matrix in 8 bits, as [`colossal_kernels::Fp8Mat`].
+#[derive(Debug, Clone, Copy)]
+pub struct Fp8Mat<'a> {
+    /// The numbers, rows of [`colossal_kernels::fp8_pitch`] bytes.
+    pub data: View<'a, u8>,
+    /// As many as [`Fp8Scaling::count`].
+    pub scales: View<'a, f32>,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// The format.
+    pub format: Fp8,
+    /// What shares a scale.
+    pub scaling: Fp8Scaling,
+}
+
+/// [`colossal_kernels::quantize_fp8`]
+pub fn quantize_fp8<T: Float>(
+    x: View<'_, T>,
+    rows: usize,
+    cols: usize,
+    transposed: bool,
+    format: Fp8,
+    scaling: Fp8Scaling,
+    q: ViewMut<'_, u8>,
+    scales: ViewMut<'_, f32>,
+) -> Result<()> {
+    match stream_of!(x, q, scales) {
+        Some(stream) => on_cuda!(stream, (x, q, scales) => {
+            cuda::quantize_fp8(&stream, x, rows, cols, transposed, format, scaling, q, scales)
+        }),
+        None => on_host!((x, q, scales) => {
+            colossal_kernels::quantize_fp8(x, rows, cols, transposed, format, scaling, q, scales);
+        }),
+    }
+    Ok(())
+}
+
+/// [`colossal_kernels::gemm_fp8`]
+pub fn gemm_fp8<T: Float>(
+    a: Fp8Mat<'_>,
+    b: Fp8Mat<'_>,
+    bias: Option<View<'_, T>>,
+    accumulate: bool,
+    y: ViewMut<'_, T>,
+) -> Result<()> {
+    let (x, w, x_scales, w_scales) = (a.data, b.data, a.scales, b.scales);
+    macro_rules! mats {
+        ($module:ident, $x:ident, $x_scales:ident, $w:ident, $w_scales:ident) => {
+            [(a, $x, $x_scales), (b, $w, $w_scales)].map(|(m, data, scales)| $module::Fp8Mat {
+                data,
+                scales,
+                rows: m.rows,
+                cols: m.cols,
+                format: m.format,
+                scaling: m.scaling,
+            })
+        };
+    }
+    match stream_of!(x, w, x_scales, w_scales, bias, y) {
+        Some(stream) => on_cuda!(stream, (x, w, x_scales, w_scales, bias, y) => {
+            let [a, b] = mats!(cuda, x, x_scales, w, w_scales);
+            cuda::gemm_fp8(&stream, a, b, bias, accumulate, y)
+        }),
+        None => on_host!((x, w, x_scales, w_scales, bias, y) => {
+            let [a, b] = mats!(colossal_kernels, x, x_scales, w, w_scales);
+            colossal_kernels::gemm_fp8(a, b, bias, accumulate, y);
+        }),
     }
     Ok(())
 }

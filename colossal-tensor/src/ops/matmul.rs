@@ -2,6 +2,7 @@
 
 use crate::kernels::Mat;
 
+use super::fp8::refuse_elsewhere;
 use super::{produce, same_dtype};
 use crate::autograd::{Weight, record};
 use crate::dtype::float;
@@ -12,7 +13,8 @@ use crate::tensor::Tensor;
 
 impl Tensor {
     /// `x wᵀ + bias`, with `x [.., in]`, `weight [out, in]`, `bias [out]`. A weight that was
-    /// rounded ([`Param::quantize_int8`](crate::Param::quantize_int8)) is multiplied in int8.
+    /// rounded ([`Param::quantize_int8`](crate::Param::quantize_int8)) is multiplied in int8; one that
+    /// is to be ([`Param::set_fp8`](crate::Param::set_fp8)) in fp8, forward and backward.
     ///
     /// The gradient of the weight is a product of its own that can be deferred.
     pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -46,6 +48,7 @@ impl Tensor {
             layout = propagate("linear bias", &[&y, bias], propagate::bias(last))?;
         }
         let m = self.rows();
+        let fp8 = weight.param().and_then(|p| p.fp8()).filter(|_| m * n * k > 0);
         let mut shape = self.shape().to_vec();
         shape[last] = n;
         let y = produce(self.scope(), &shape, self.dtype(), layout, |y| {
@@ -59,6 +62,10 @@ impl Tensor {
                 let x = self.lend::<T>()?;
                 let w = weight.lend::<T>()?;
                 let b = bias.map(|b| b.lend::<T>()).transpose()?;
+                if let Some(fp8) = fp8 {
+                    let (x, w, b) = (x.view::<T>(), w.view::<T>(), b.as_ref().map(|b| b.view()));
+                    return fp8.output([m, n, k], x, w, b, y.view_mut::<T>());
+                }
                 kernels::gemm(
                     Mat::new(x.view::<T>(), m, k),
                     Mat::new(w.view::<T>(), n, k).t(),
@@ -79,6 +86,10 @@ impl Tensor {
                 let dx = produce(&scope, &x_shape, dy.dtype(), x_layout.dual(), |dx| {
                     float!("linear", dy.dtype(), T => {
                         let (dy, w) = (dy.lend::<T>()?, w.lend::<T>()?);
+                        if let Some(fp8) = fp8 {
+                            let (dy, w) = (dy.view::<T>(), w.view::<T>());
+                            return fp8.input_gradient([m, n, k], dy, w, dx.view_mut::<T>());
+                        }
                         kernels::gemm(
                             Mat::new(dy.view::<T>(), m, n),
                             Mat::new(w.view::<T>(), n, k),
@@ -106,6 +117,10 @@ impl Tensor {
                     let x = x.get()?;
                     float!("linear", dy.dtype(), T => {
                         let (dy, x) = (dy.lend::<T>()?, x.lend::<T>()?);
+                        if let Some(fp8) = fp8 {
+                            let (dy, x) = (dy.view::<T>(), x.view::<T>());
+                            return fp8.weight_gradient([m, n, k], dy, x, dw);
+                        }
                         kernels::gemm(
                             Mat::new(dy.view::<T>(), m, n).t(),
                             Mat::new(x.view::<T>(), m, k),
@@ -123,13 +138,16 @@ impl Tensor {
     /// The products that communicate: those whose layouts no rank can multiply alone.
     fn linear_elsewhere(&self, weight: &Tensor) -> Result<Option<Tensor>> {
         if let Some(axes) = crate::summa::grid(weight) {
+            refuse_elsewhere(weight)?;
             return crate::summa::linear(self, weight, axes).map(Some);
         }
         if let Some(axes) = crate::cube::cube(weight) {
+            refuse_elsewhere(weight)?;
             return crate::cube::linear(self, weight, axes).map(Some);
         }
         for axis in self.scope().wide_axes() {
             if let Some(kind) = crate::overlap::Kind::of(self, weight, axis) {
+                refuse_elsewhere(weight)?;
                 return crate::overlap::linear(self, weight, axis, kind).map(Some);
             }
         }

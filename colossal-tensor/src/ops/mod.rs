@@ -6,6 +6,7 @@ mod cross_entropy;
 mod dropout;
 mod elementwise;
 mod external;
+mod fp8;
 mod heads;
 mod index;
 mod matmul;
@@ -18,6 +19,7 @@ mod wide_norm;
 
 pub use attention::{AttentionMask, KvCache};
 pub use cross_entropy::IGNORE;
+pub use fp8::Fp8Recipe;
 pub use rope::RopeTable;
 
 use crate::dtype::Dtype;
