@@ -1,9 +1,10 @@
 //! Memory of tensors: aligned buffers from a caching allocator.
 //!
-//! A rank is a thread, and each thread keeps the buffers it frees, by size class, for its next
-//! step, of the host and of each stream of a GPU: after the first training step nothing is asked
-//! of the system. Memory is zeroed when it
-//! first comes from the system, so a recycled buffer holds old values but never undefined ones.
+//! A rank is a thread, and each thread keeps the memory it frees for its next step: on the host in
+//! an arena, from which buffers of any size are cut, small ones and those of each stream of a GPU
+//! by size class. After the first training steps nothing is asked of the system. Memory is zero
+//! when it first comes from the system, so a recycled buffer holds old values but never undefined
+//! ones.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 use colossal_kernels::cuda::{self, Stream};
-use colossal_kernels::memory::Block;
+use colossal_kernels::memory::{Arena, Block};
 
 use crate::device::Device;
 use crate::error::Result;
@@ -44,6 +45,11 @@ impl Buffer {
 
     /// A buffer of `bytes` bytes on the host whose values are unspecified (but initialised).
     pub fn with_bytes(bytes: usize) -> Buffer {
+        if bytes >= LARGE
+            && let Some(memory) = CACHE.try_with(|c| c.borrow_mut().cut(bytes)).ok().flatten()
+        {
+            return Buffer { memory: Some(memory), bytes };
+        }
         let capacity = size_class(bytes);
         let kept = CACHE.try_with(|c| c.borrow_mut().take(HOST, capacity)).ok().flatten();
         let memory = kept.unwrap_or_else(|| Memory::Cpu(Block::zeroed(capacity)));
@@ -245,7 +251,15 @@ pub fn memory_stats_of(device: &Device) -> MemoryStats {
 }
 
 fn stats_of(place: usize) -> MemoryStats {
-    CACHE.with(|c| c.borrow().pools.get(&place).map(|p| p.stats).unwrap_or_default())
+    CACHE.with_borrow(|cache| {
+        let mut stats = cache.pools.get(&place).map(|p| p.stats).unwrap_or_default();
+        if let Some(Some(arena)) = &cache.arena
+            && place == HOST
+        {
+            stats.cached += arena.idle();
+        }
+        stats
+    })
 }
 
 /// Starts a new peak measurement at what is live now.
@@ -261,6 +275,9 @@ pub fn reset_peak() {
 pub fn release_cached() {
     let places: Vec<usize> = CACHE.with(|c| c.borrow().pools.keys().copied().collect());
     places.into_iter().for_each(release_of);
+    if let Some(arena) = CACHE.with_borrow(|c| c.arena.clone()).flatten() {
+        arena.trim();
+    }
 }
 
 fn release_of(place: usize) {
@@ -308,6 +325,16 @@ fn place_of(stream: &Stream) -> usize {
 #[derive(Default)]
 struct Cache {
     pools: HashMap<usize, Pool>,
+    /// Of the host, made when it is first needed; none inside if the system has refused.
+    arena: Option<Option<Arc<Arena>>>,
+}
+
+impl Drop for Cache {
+    fn drop(&mut self) {
+        if let Some(Some(arena)) = &self.arena {
+            arena.close();
+        }
+    }
 }
 
 #[derive(Default)]
@@ -330,8 +357,21 @@ impl Pool {
 
 /// Cached memory is bounded by the peak of live memory, and by this when little was ever live.
 const CACHE_FLOOR: usize = 64 << 20;
+/// Buffers on the host from this size on are cut from the arena.
+const LARGE: usize = 64 << 10;
 
 impl Cache {
+    /// A large buffer on the host, if the arena has room.
+    fn cut(&mut self, bytes: usize) -> Option<Memory> {
+        let arena = self.arena.get_or_insert_with(Arena::reserve).as_ref()?;
+        let (block, grew) = arena.take(bytes)?;
+        let stats = &mut self.pools.entry(HOST).or_default().stats;
+        stats.in_use += block.capacity();
+        stats.peak = stats.peak.max(stats.in_use);
+        stats.system_allocations += u64::from(grew);
+        Some(Memory::Cpu(block))
+    }
+
     fn take(&mut self, place: usize, capacity: usize) -> Option<Memory> {
         let pool = self.pools.entry(place).or_default();
         let stats = &mut pool.stats;
@@ -357,6 +397,9 @@ impl Cache {
         let pool = self.pools.entry(place).or_default();
         // A buffer may be dropped on another thread than its own: the counter saturates.
         pool.stats.in_use = pool.stats.in_use.saturating_sub(capacity);
+        if matches!(&memory, Memory::Cpu(block) if block.is_part()) {
+            return;
+        }
         if pool.stats.cached + capacity > pool.stats.peak.max(CACHE_FLOOR) {
             return;
         }

@@ -18,8 +18,17 @@ pub trait Space: Debug {
     /// A reduction under way, which owns its buffers.
     type Flight: Debug;
 
+    /// Should runs be kept for the next step? Not if this memory keeps what is dropped, for
+    /// whoever asks next.
+    const KEEPS: bool = true;
+
     /// A run of so many zeros.
     fn zeros(&self, len: usize) -> Result<Self::Buffer>;
+
+    /// A run of so many old values, which will be overwritten.
+    fn room(&self, len: usize) -> Result<Self::Buffer> {
+        self.zeros(len)
+    }
 
     /// Lends a part for writing.
     fn part<'a>(&self, buffer: &'a mut Self::Buffer, range: Range<usize>) -> Self::Part<'a>;

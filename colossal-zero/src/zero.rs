@@ -4,7 +4,8 @@
 //! Gradients are accumulated where they will be sent from. The caller says when a parameter's is
 //! complete; when all of a bucket's are, its reduction starts in flight, so that it overlaps with
 //! the rest of the backward pass. It knows no optimizer: [`Zero::step`] hands out this rank's
-//! pieces with their gradients. Buffers are kept: after the first step none is allocated.
+//! pieces with their gradients. Buffers are kept, or given back to a memory that keeps them for
+//! others too ([`Space::KEEPS`]): after the first step none is allocated.
 
 use std::ops::Range;
 
@@ -163,7 +164,7 @@ impl<S: Space> Zero<S> {
         let slot = &mut self.buckets[i].buffer;
         let buffer = match slot.take() {
             Some(buffer) => buffer,
-            None => self.space.zeros(bucket.padded)?,
+            None => self.space.room(bucket.padded)?,
         };
         let at = offset - bucket.range.start;
         let first = !std::mem::replace(&mut self.touched[parameter], true);
@@ -191,7 +192,7 @@ impl<S: Space> Zero<S> {
         filling.complete = 0;
         let mut buffer = match filling.buffer.take() {
             Some(buffer) => buffer,
-            None => self.space.zeros(bucket.padded)?,
+            None => self.space.room(bucket.padded)?,
         };
         // What nobody touched counts as zero, and so does the padding.
         let parameters = self.offsets.partition_point(|o| *o < bucket.range.start)
@@ -209,7 +210,7 @@ impl<S: Space> Zero<S> {
         let piece = match (self.stage, filling.piece.take()) {
             (Stage::Zero, _) => None,
             (_, Some(piece)) => Some(piece),
-            (_, None) => Some(self.space.zeros(bucket.padded / self.group.world_size())?),
+            (_, None) => Some(self.space.room(bucket.padded / self.group.world_size())?),
         };
         self.flying.push((i, self.space.reduce_start(&self.group, buffer, piece)?));
         Ok(())
@@ -232,14 +233,16 @@ impl<S: Space> Zero<S> {
             let reduced = match self.space.reduce_wait(flight)? {
                 (reduced, None) => reduced,
                 (sent, Some(reduced)) => {
-                    self.buckets[i].buffer = Some(sent);
+                    self.buckets[i].buffer = S::KEEPS.then_some(sent);
                     reduced
                 }
             };
             match &mut self.grads[i] {
                 Some(grad) => {
                     self.space.add(grad, &reduced)?;
-                    self.buckets[i].keep(self.stage, reduced);
+                    if S::KEEPS {
+                        self.buckets[i].keep(self.stage, reduced);
+                    }
                 }
                 none => *none = Some(reduced),
             }
@@ -267,7 +270,7 @@ impl<S: Space> Zero<S> {
     /// Sets the gradients to zero: a new step begins.
     pub fn clear(&mut self) {
         for (bucket, grad) in self.buckets.iter_mut().zip(&mut self.grads) {
-            if let Some(grad) = grad.take() {
+            if let Some(grad) = grad.take().filter(|_| S::KEEPS) {
                 bucket.keep(self.stage, grad);
             }
         }

@@ -25,6 +25,13 @@ impl Space for Gradients {
     type View<'a> = View<'a, f32>;
     type Flight = Flight;
 
+    /// What a step has of gradients at its end, the next one has of activations at its start.
+    const KEEPS: bool = false;
+
+    fn room(&self, len: usize) -> Result<Buffer> {
+        Buffer::on(&self.0, len * size_of::<f32>()).map_err(failed)
+    }
+
     fn zeros(&self, len: usize) -> Result<Buffer> {
         Buffer::zeros_on::<f32>(&self.0, len).map_err(failed)
     }

@@ -11,7 +11,7 @@ use colossal_tensor::storage::memory_stats_of;
 #[test]
 fn a_later_step_takes_nothing_from_the_system() {
     let models = [
-        DecoderConfig::Llama(LlamaConfig::sized(64, 32, 2, 4)),
+        DecoderConfig::Llama(LlamaConfig::sized(64, 128, 2, 4)),
         DecoderConfig::Gpt2(Gpt2Config::sized(64, 32, 2, 4)),
     ];
     let plans = [
@@ -20,8 +20,9 @@ fn a_later_step_takes_nothing_from_the_system() {
         Plan { dp: 2, zero: 2, ..Plan::default() },
         Plan { tp: 2, ..Plan::default() },
     ];
-    let tokens: Vec<i32> = (0..4 * 17).map(|i| i * 7 % 64).collect();
-    let windows: Vec<&[i32]> = tokens.chunks(17).collect();
+    // Activations of the first lie in the arena, those of the second in size classes.
+    let tokens: Vec<i32> = (0..4 * 65).map(|i| i * 7 % 64).collect();
+    let windows: Vec<&[i32]> = tokens.chunks(65).collect();
     let batch = Batch::windows(&windows).unwrap();
     for config in &models {
         for plan in &plans {
