@@ -11,7 +11,7 @@ use colossal_tensor::storage::memory_stats_of;
 #[test]
 fn a_later_step_takes_nothing_from_the_system() {
     let models = [
-        DecoderConfig::Llama(LlamaConfig::sized(64, 128, 2, 4)),
+        DecoderConfig::Llama(LlamaConfig::sized(64, 32, 2, 4)),
         DecoderConfig::Gpt2(Gpt2Config::sized(64, 32, 2, 4)),
     ];
     let plans = [
@@ -20,25 +20,40 @@ fn a_later_step_takes_nothing_from_the_system() {
         Plan { dp: 2, zero: 2, ..Plan::default() },
         Plan { tp: 2, ..Plan::default() },
     ];
-    // Activations of the first lie in the arena, those of the second in size classes.
-    let tokens: Vec<i32> = (0..4 * 65).map(|i| i * 7 % 64).collect();
-    let windows: Vec<&[i32]> = tokens.chunks(65).collect();
-    let batch = Batch::windows(&windows).unwrap();
+    let batch = batch(4, 17);
     for config in &models {
         for plan in &plans {
-            let asked = on_ranks(plan.ranks(), |world| {
-                let mut trainer = Trainer::new(&world, plan, config, AdamW::default(), 0).unwrap();
-                (0..6)
-                    .map(|_| {
-                        trainer.step(&batch).unwrap();
-                        memory_stats_of(trainer.model.scope().device()).system_allocations
-                    })
-                    .collect::<Vec<_>>()
-            });
-            for steps in asked {
-                assert_eq!(steps[5], steps[2], "{plan:?}: {steps:?}");
-            }
+            takes_nothing(plan, config, &batch);
         }
+    }
+}
+
+/// The same where tensors are large enough to be cut from the arena.
+#[test]
+fn large_tensors_take_nothing_from_the_system_either() {
+    let config = DecoderConfig::Llama(LlamaConfig::sized(64, 128, 2, 4));
+    for plan in [Plan::default(), Plan { dp: 2, zero: 2, ..Plan::default() }] {
+        takes_nothing(&plan, &config, &batch(4, 65));
+    }
+}
+
+fn batch(sequences: usize, length: usize) -> Batch {
+    let tokens: Vec<i32> = (0..sequences * length).map(|i| (i * 7 % 64) as i32).collect();
+    Batch::windows(&tokens.chunks(length).collect::<Vec<_>>()).unwrap()
+}
+
+fn takes_nothing(plan: &Plan, config: &DecoderConfig, batch: &Batch) {
+    let asked = on_ranks(plan.ranks(), |world| {
+        let mut trainer = Trainer::new(&world, plan, config, AdamW::default(), 0).unwrap();
+        (0..6)
+            .map(|_| {
+                trainer.step(batch).unwrap();
+                memory_stats_of(trainer.model.scope().device()).system_allocations
+            })
+            .collect::<Vec<_>>()
+    });
+    for steps in asked {
+        assert_eq!(steps[5], steps[2], "{plan:?}: {steps:?}");
     }
 }
 
