@@ -79,7 +79,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       const int at = c / 4 * PANEL + c % 4 * 32;
       wgmma(x, deep_operand(room + own * 64 * 128 + at), deep_operand(keys + at), T());
     }
-    products_end();
+    products_commit();
+    products_wait<0>();
+    settle(x);
     if ((t + 1) * STEP > whole) {
 #pragma unroll
       for (int i = 0; i < 64; ++i)
@@ -113,7 +115,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     products_begin();
 #pragma unroll
     for (int c = 0; c < STEP / 16; ++c) wgmma_own(acc, p + 4 * c, wide_operand(values + c * 16 * 128, PANEL), T());
-    products_end();
+    products_commit();
+    products_wait<0>();
+    settle(acc);
     if (lane == 0) arrive(&free[stage]);
   }
 #pragma unroll

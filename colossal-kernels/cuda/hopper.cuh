@@ -42,8 +42,15 @@ template <int N> INLINE void more_registers() { asm volatile("setmaxnreg.inc.syn
 
 /// Between other uses of registers and products on them.
 INLINE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-/// Waits for all products of this warpgroup.
-INLINE void products_end() { asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+/// Those that were started since the last such call are a group.
+INLINE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+/// Waits for all groups of this warpgroup but the last N.
+template <int N> INLINE void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
+/// Sums of products that have been waited for: nothing that reads them is moved before this.
+template <int N> INLINE void settle(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i]) :: "memory");
+}
 
 #define REGISTERS32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
 #define REGISTERS64 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
@@ -66,6 +73,10 @@ INLINE void products_end() { asm volatile("wgmma.commit_group.sync.aligned;\nwgm
   INLINE void wgmma(float (&d)[64], u64 a, u64 b, E) {                                                             \
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " " REGISTERS64 ", %64, %65, 1, 1, 1, 0, 0;" \
         : SUMS64 : "l"(a), "l"(b));                                                                                \
+  }                                                                                                                \
+  INLINE void wgmma(float (&d)[32], u64 a, u64 b, E) {                                                             \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " " REGISTERS32 ", %32, %33, 1, 1, 1, 0, 0;" \
+        : SUMS32 : "l"(a), "l"(b));                                                                                \
   }                                                                                                                \
   INLINE void wgmma_own(float (&d)[64], const u32* a, u64 b, E) {                                                  \
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " " REGISTERS64 ", {%64,%65,%66,%67}, %68, 1, 1, 1, 1;" \
@@ -155,7 +166,9 @@ template <int N> static void some_barrier() {
 template <int N> static void fewer_registers() {}
 template <int N> static void more_registers() {}
 static void products_begin() {}
-static void products_end() { __syncwarp(); }
+static void products_commit() {}
+template <int N> static void products_wait() { __syncwarp(); }
+template <int N> static void settle(float (&)[N]) {}
 
 template <class E> static float at_operand(u32 at) { E e; e.bits = *(const u16*)(cuemu::shared + swizzled(at)); return widen(e); }
 static u32 start_of(u64 operand) { return (u32)(operand & 0x3FFF) << 4; }
@@ -166,12 +179,12 @@ template <class E> static float wide_at(u64 operand, u32 k, u32 column) {
   const u32 apart = (u32)(operand >> 16 & 0x3FFF) << 4;
   return at_operand<E>(start_of(operand) + column / 64 * apart + k / 8 * 1024 + k % 8 * 128 + column % 64 * 2);
 }
-template <class E> static void wgmma(float (&d)[64], u64 a, u64 b, E) {
+template <class E, int N> static void wgmma(float (&d)[N], u64 a, u64 b, E) {
   const u32 t = threadIdx.x % 128, row = t / 32 * 16 + t % 32 / 4;
   for (u32 h = 0; h < 2; ++h) {
     float x[16];
     for (u32 k = 0; k < 16; ++k) x[k] = deep_at<E>(a, row + 8 * h, k);
-    for (u32 j = 0; j < 16; ++j)
+    for (u32 j = 0; j < N / 4; ++j)
       for (u32 e = 0; e < 2; ++e)
         for (u32 k = 0; k < 16; ++k) d[4 * j + 2 * h + e] += x[k] * deep_at<E>(b, 8 * j + t % 4 * 2 + e, k);
   }

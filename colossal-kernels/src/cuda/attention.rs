@@ -204,9 +204,9 @@ pub fn flash_attention_backward<T: Float>(
     out: Slice<'_, T>,
     lse: Slice<'_, f32>,
     dout: Slice<'_, T>,
-    dq: SliceMut<'_, T>,
-    dk: SliceMut<'_, T>,
-    dv: SliceMut<'_, T>,
+    mut dq: SliceMut<'_, T>,
+    mut dk: SliceMut<'_, T>,
+    mut dv: SliceMut<'_, T>,
 ) -> Result<()> {
     s.check(q.len(), k.len(), v.len(), out.len(), lse.len());
     assert!(
@@ -214,23 +214,30 @@ pub fn flash_attention_backward<T: Float>(
         "attention_backward: gradients are as long as what they belong to"
     );
     assert_eq!(s.kv_batch_stride, 0, "attention_backward: keys must be dense");
-    let gradients = |call: &Call<'_>, mut delta: SliceMut<'_, f32>| {
+    let mut gradients = |call: &Call<'_>, mut delta: SliceMut<'_, f32>| {
         let rows = lse.len();
         let grid = Grid::line(rows.div_ceil(4), 128);
         let delta_of = call.function("attention_delta")?;
         delta_of.launch(grid, args![out, dout, delta.reborrow(), rows as u64, call.shape])?;
         let delta = delta.as_slice();
+        let (read, to) = ([q, k, v, dout], [dq.reborrow(), dk.reborrow(), dv.reborrow()]);
+        if hopper::gradients(call, s, read, [lse, delta], to)? {
+            return Ok(());
+        }
         let mut grid = Grid {
             blocks: [s.q_len.div_ceil(ROWS) as u32, s.heads as u32, s.batch as u32],
             threads: [128, 1, 1],
             shared: call.backward(),
         };
         let queries = call.function("attention_backward_q")?;
-        queries.launch(grid, args![q, k, v, lse, dout, delta, dq, call.shape])?;
+        queries.launch(grid, args![q, k, v, lse, dout, delta, dq.reborrow(), call.shape])?;
         grid.blocks = [s.kv_len.div_ceil(ROWS) as u32, s.kv_heads as u32, s.batch as u32];
         grid.threads[0] = if call.room > 128 { 256 } else { 128 };
         let keys = call.function("attention_backward_kv")?;
-        keys.launch(grid, args![q, k, v, lse, dout, delta, dk, dv, call.shape])
+        keys.launch(
+            grid,
+            args![q, k, v, lse, dout, delta, dk.reborrow(), dv.reborrow(), call.shape],
+        )
     };
     Call::with::<T>(stream, s, Lengths::OfShape, |call| {
         stream.with_scratch::<f32, _>(lse.len(), |delta| gradients(call, delta))

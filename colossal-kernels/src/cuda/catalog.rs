@@ -18,7 +18,8 @@ pub struct Build {
 impl Build {
     /// Has this architecture the instructions that it takes?
     pub fn is_for(&self, arch: &str) -> bool {
-        !std::ptr::eq(self.source, &hopper::HOPPER) || arch == "sm_90a"
+        let hopper = [&hopper::HOPPER, &hopper::HOPPER_BACKWARD];
+        arch == "sm_90a" || !hopper.iter().any(|source| std::ptr::eq(self.source, *source))
     }
 }
 
@@ -53,10 +54,11 @@ pub fn catalog() -> Vec<Build> {
             builds.extend(TYPES.map(|t| Build { source, defines: vec![("TYPE", t), ("D", size)] }));
         }
     }
-    for (_, size) in hopper::SIZES {
-        let source = &hopper::HOPPER;
-        let of = |t| Build { source, defines: vec![("TYPE", t), ("D", size)] };
-        builds.extend(["bf16", "f16"].map(of));
+    for source in [&hopper::HOPPER, &hopper::HOPPER_BACKWARD] {
+        for (_, size) in hopper::SIZES {
+            let of = |t| Build { source, defines: vec![("TYPE", t), ("D", size)] };
+            builds.extend(["bf16", "f16"].map(of));
+        }
     }
     for source in [&layerwise::LAYERWISE, &factored::FACTORED] {
         builds.push(Build { source, defines: vec![("TYPE", "float")] });

@@ -109,7 +109,7 @@ fn caches<T: Float>(stream: &Stream) {
     near("attention to a cache", &s, &out2.get(), &out, 1e-5);
 }
 
-/// Forward by Hopper's own instructions: tiles that end anywhere, every mask that it takes.
+/// By Hopper's own instructions: tiles that end anywhere, every mask that they take.
 fn hopper<T: Float>(stream: &Stream, most: usize) {
     let plain = AttentionShape::new;
     let (q_lens, kv_lens) = ([150, 0, 40], [290, 5, 33]);
@@ -133,13 +133,20 @@ fn hopper<T: Float>(stream: &Stream, most: usize) {
     {
         let room = s.batch * (s.kv_batch_stride / (s.kv_heads * s.head_dim)).max(s.kv_len);
         let (n, kv) = (s.batch * s.q_len * s.heads * s.head_dim, room * s.kv_heads * s.head_dim);
-        let [q, k, mut v] = [(n, 1), (kv, 2), (kv, 3)].map(|(n, i)| noise::<T>(n, i));
-        // Values that are not real may be anything.
-        if let (Some(lens), 0) = (s.kv_lens, s.kv_batch_stride) {
-            let row = s.kv_heads * s.head_dim;
-            for (b, len) in lens.iter().enumerate() {
-                let own = (b * s.kv_len + *len as usize) * row..(b + 1) * s.kv_len * row;
-                v[own].fill(T::from_f32(f32::NAN));
+        let [mut q, mut k, mut v, mut dout] =
+            [(n, 1), (kv, 2), (kv, 3), (n, 4)].map(|(n, i)| noise::<T>(n, i));
+        // Rows that are not real may be anything.
+        if s.kv_batch_stride == 0 {
+            let (heads, kv_heads) = (s.heads, s.kv_heads);
+            for (lens, rows, heads, mut x) in [
+                (s.kv_lens, s.kv_len, kv_heads, [&mut k, &mut v]),
+                (s.q_lens, s.q_len, heads, [&mut q, &mut dout]),
+            ] {
+                for (b, len) in lens.into_iter().flatten().enumerate() {
+                    let row = heads * s.head_dim;
+                    let own = (b * rows + *len as usize) * row..(b + 1) * rows * row;
+                    x.iter_mut().for_each(|x| x[own.clone()].fill(T::from_f32(f32::NAN)));
+                }
             }
         }
         let (mut out, mut lse) = (noise::<T>(n, 5), vec![0.0f32; s.batch * s.heads * s.q_len]);
@@ -153,6 +160,19 @@ fn hopper<T: Float>(stream: &Stream, most: usize) {
             let close = got == want || (got - want).abs() < 1e-5 + rounding::<T>();
             assert!(close, "log-sum-exp {got}, not {want}; {s:?}");
         }
+        if s.kv_batch_stride > 0 {
+            continue;
+        }
+        let [mut dq, mut dk, mut dv] = [n, kv, kv].map(|n| noise::<T>(n, 6));
+        let [mut dq2, mut dk2, mut dv2] = [&dq, &dk, &dv].map(|x| Device::new(stream, x, 0));
+        flash_attention_backward(&s, &q, &k, &v, &out, &lse, &dout, &mut dq, &mut dk, &mut dv);
+        let (o, l, dout2) = (out2.all(), lse2.all(), Device::new(stream, &dout, 0));
+        let (q2, k2, v2, dout2) = (q2.all(), k2.all(), v2.all(), dout2.all());
+        let (gq, gk, gv) = (dq2.all_mut(), dk2.all_mut(), dv2.all_mut());
+        cuda::flash_attention_backward(stream, &s, q2, k2, v2, o, l, dout2, gq, gk, gv).unwrap();
+        near("dq on Hopper", &s, &dq2.get(), &dq, 2e-5);
+        near("dk on Hopper", &s, &dk2.get(), &dk, 2e-5);
+        near("dv on Hopper", &s, &dv2.get(), &dv, 2e-5);
     }
 }
 
