@@ -238,9 +238,9 @@ pub fn current() -> Threads {
     CURRENT.with_borrow(|c| c.clone()).unwrap_or_else(|| Threads::new(1))
 }
 
-/// How many threads kernels called from here use.
+/// How many threads kernels called from here use: one within a piece of another kernel.
 pub fn count() -> usize {
-    CURRENT.with_borrow(|c| c.as_ref().map_or(1, Threads::count))
+    if BUSY.get() { 1 } else { CURRENT.with_borrow(|c| c.as_ref().map_or(1, Threads::count)) }
 }
 
 /// Splits `0..n` into pieces of at least `grain` and runs `f` on each, over the rank's threads.

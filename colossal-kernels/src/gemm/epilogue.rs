@@ -63,6 +63,17 @@ pub(super) struct Sink<'a, O, E> {
 }
 
 impl<O: Float, E: Float> Sink<'_, O, E> {
+    /// The part of c that starts at row and column.
+    pub(super) fn from(&self, row: usize, col: usize) -> Sink<'_, O, E> {
+        let at = row * self.row_stride + col * self.col_stride;
+        let bias = self.epilogue.bias.map(|bias| &bias[col..]);
+        Sink {
+            data: self.data.part(at..self.data.len()),
+            epilogue: Epilogue { bias, ..self.epilogue },
+            ..*self
+        }
+    }
+
     /// Where a tile of c starts, if the kernel may write it by itself, and whether it adds to what
     /// is there: the bias, by then, if there is one.
     #[inline(always)]

@@ -1,5 +1,6 @@
 //! The micro-kernels: a tile of `MR x NR` sums held in registers.
 
+use super::Mat;
 use crate::float::Float;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Isa, isa};
@@ -24,7 +25,39 @@ pub(crate) struct Kernel {
 }
 
 /// `(steps, a, strides of a by row and by step, panel of b, c, row stride of c, add to c, what to fetch meanwhile)`
-type Run = unsafe fn(usize, *const f32, [usize; 2], *const f32, *mut f32, usize, bool, *const f32);
+type Run = unsafe fn(usize, *const f32, [usize; 2], *const f32, *mut f32, usize, bool, Ahead);
+
+/// What is fetched into the second-level cache while a tile is computed, a line each step: sixteen lines
+/// `near` bytes apart, then sixteen more, `far` bytes behind the first.
+#[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "plain code asks for nothing"))]
+pub(super) struct Ahead {
+    at: *const u8,
+    near: usize,
+    far: usize,
+}
+
+impl Ahead {
+    /// Lines side by side: a packed panel.
+    pub(super) fn lines(at: *const f32) -> Ahead {
+        Ahead { at: at.cast(), near: 64, far: 16 * 64 }
+    }
+
+    /// Part 0 or 1 of rows of `x` from `first` on, as many as make a panel, before they are packed or
+    /// read where they lie: what `steps` steps of a kernel have the time to fetch.
+    pub(super) fn rows<T>(x: &Mat<'_, T>, first: usize, steps: usize, part: usize) -> Ahead {
+        let lanes = 64 / size_of::<T>();
+        // Neighbours come in lines of each step of depth, others in lines along the depth.
+        let (from, near, far) = match (x.row_stride, size_of::<T>()) {
+            (1, 4) => (part * lanes, x.col_stride, 16 * x.col_stride),
+            (1, _) => (part * steps * x.col_stride, x.col_stride, 16 * x.col_stride),
+            (row, _) => (part * 16 * row, row, lanes * x.col_stride),
+        };
+        let at = x.data.as_ptr().wrapping_add(first * x.row_stride + from);
+        let bytes = size_of::<T>();
+        Ahead { at: at.cast(), near: near * bytes, far: far * bytes }
+    }
+}
 
 impl Kernel {
     /// The best kernel for `T` on this machine.
@@ -69,8 +102,9 @@ impl Kernel {
         add: bool,
     ) {
         assert!(c.len() >= (rows - 1) * stride + self.nr);
+        let next = Ahead::lines(a.as_ptr());
         // SAFETY: the tile is in bounds by the assertion.
-        unsafe { self.tile_at(rows, steps, a, strides, b, c.as_mut_ptr(), stride, add, a.as_ptr()) }
+        unsafe { self.tile_at(rows, steps, a, strides, b, c.as_mut_ptr(), stride, add, next) }
     }
 
     /// As [`Kernel::tile`] where `c` interleaves with what other threads write.
@@ -88,7 +122,7 @@ impl Kernel {
         c: *mut f32,
         stride: usize,
         add: bool,
-        next: *const f32,
+        next: Ahead,
     ) {
         let [row, step] = strides;
         assert!(
@@ -117,7 +151,7 @@ unsafe fn portable<const R: usize>(
     c: *mut f32,
     stride: usize,
     add: bool,
-    _next: *const f32,
+    _next: Ahead,
 ) {
     let mut acc = [[0.0f32; 16]; R];
     for k in 0..steps {
@@ -142,7 +176,7 @@ unsafe fn portable<const R: usize>(
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::Run;
+    use super::{Ahead, Run};
     use std::arch::x86_64::*;
 
     /// A kernel of two vectors a row. `$product(acc, a, b)` adds a product to a sum.
@@ -165,7 +199,7 @@ mod x86 {
                 c: *mut f32,
                 stride: usize,
                 add: bool,
-                next: *const f32,
+                next: Ahead,
             ) {
                 const AHEAD: usize = 32;
                 for i in 0..R {
@@ -180,7 +214,8 @@ mod x86 {
                         _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(2 * $lanes * AHEAD).cast());
                         _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(2 * $lanes * AHEAD + 16).cast());
                         let (b0, b1) = ($load(b), $load(b.add($lanes)));
-                        _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(16 * k).cast());
+                        let line = (k % 16) * next.near + (k / 16) * next.far;
+                        _mm_prefetch::<_MM_HINT_T1>(next.at.wrapping_add(line).cast());
                         let a = a.add(k * step);
                         for (i, acc) in acc.iter_mut().enumerate() {
                             let x = $broadcast(*a.add(i * row));

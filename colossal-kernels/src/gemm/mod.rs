@@ -1,10 +1,8 @@
 //! Matrix product `c = act(alpha * a b + bias)` (or `c += …`) for any strides.
 //!
 //! The shape of it (Goto & van de Geijn, 2008): both operands are packed into panels that the
-//! micro-kernel reads in order, `MR` rows of `a` against `NR` columns of `b`. Threads pack `b`
-//! together; a group of rows of `a`, small enough for the second-level cache, meets all columns;
-//! the thread that uses it packs it, unless the kernel can read it where it lies. The tile is kept in registers over the whole depth
-//! and passes through the epilogue once, on its way out.
+//! micro-kernel reads in order, `MR` rows of `a` against `NR` columns of `b`: see `packed`. The tile is
+//! kept in registers over the whole depth and passes through the epilogue once, on its way out.
 //! Few rows against a transposed `b` (decoding, small batches) go without packing: see `skinny`,
 //! `few_rows`.
 
@@ -13,6 +11,7 @@ mod few_rows;
 mod grouped;
 pub(crate) mod micro;
 pub(crate) mod pack;
+mod packed;
 mod skinny;
 
 pub use epilogue::{Activation, Epilogue};
@@ -23,9 +22,10 @@ use std::cell::RefCell;
 use crate::float::Float;
 use crate::memory::Block;
 use crate::profile::{self, Work};
-use crate::threads::{Parts, count, parallel_each, parallel_for};
+use crate::threads::{Parts, parallel_for};
 use epilogue::Sink;
-use micro::{Kernel, TILE};
+use micro::Kernel;
+use packed::pass;
 
 /// A strided matrix: element `(i, j)` is `data[i * row_stride + j * col_stride]`.
 #[derive(Debug, Clone, Copy)]
@@ -107,10 +107,6 @@ pub(crate) fn with_workspace<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> 
 
 /// Steps of depth of one pass; longer products are added up in f32.
 const DEPTH: usize = 1024;
-/// Multiply-adds of one item of work, in floats: some 100 microseconds.
-const ITEM: usize = 6 << 20;
-/// Panels of one group of rows at most: they should stay in a 1 MiB second-level cache.
-const GROUP: usize = 8;
 
 /// `c = act(alpha * a b + bias)`; see the module's head and [`Epilogue`].
 ///
@@ -263,97 +259,3 @@ fn one_pass<T: Float, O: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O,
         false => pass(a, b, sink),
     }
 }
-
-/// The same, packed.
-fn pass<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O, E>) {
-    let kernel = Kernel::of::<T>();
-    let (m, n, k) = (a.rows, b.cols, a.cols);
-    let (mr, nr) = (kernel.mr, kernel.nr);
-    let (panels_a, panels_b) = (m.div_ceil(mr), n.div_ceil(nr));
-    let (size_a, size_b) = (kernel.panel(mr, k), kernel.panel(nr, k));
-    let steps = kernel.steps(k);
-    let small = m * n * k < 64 * 64 * 64;
-    let in_place = pack::in_place(&kernel, &a);
-    // Pairs of bf16 take the room of one f32: the workspace is counted in floats either way.
-    with_workspace(panels_b * size_b, |space_b| {
-        let parts = Parts::new(space_b);
-        let grain = if small { usize::MAX } else { (8192 / size_b.max(1)).max(1) };
-        parallel_for(panels_b, grain, |range| {
-            // SAFETY: each panel belongs to one piece.
-            let panels = unsafe { parts.range(range.start * size_b..range.end * size_b) };
-            pack::panels(&kernel, b.t(), range.start * nr, nr, panels);
-        });
-        let space_b = &*space_b;
-        let Split { groups, blocks } = Split::of(panels_a, panels_b, size_a * nr);
-        let item = |item: usize| {
-            let (group, block) = (item / blocks, item % blocks);
-            let rows = panels_a * group / groups..panels_a * (group + 1) / groups;
-            let columns = panels_b * block / blocks..panels_b * (block + 1) / blocks;
-            let packed = if in_place.is_some() { 0 } else { rows.len() * size_a };
-            with_workspace(packed, |space_a| {
-                if packed > 0 {
-                    pack::panels(&kernel, a, rows.start * mr, mr, space_a);
-                }
-                let mut tile = Tile([0.0; TILE]);
-                for pb in columns {
-                    let panel_b = &space_b[pb * size_b..(pb + 1) * size_b];
-                    for pa in rows.clone() {
-                        let (row, col) = (pa * mr, pb * nr);
-                        let size = [mr.min(m - row), nr.min(n - col)];
-                        let (rows_a, strides) = match &in_place {
-                            Some(a) => (&a.data[row * a.row_stride..], [a.row_stride, 1]),
-                            None => (&space_a[(pa - rows.start) * size_a..], [1, mr]),
-                        };
-                        let next = rows_a.as_ptr().wrapping_add(match &in_place {
-                            Some(a) => mr * a.row_stride,
-                            None => size_a,
-                        });
-                        if size[1] == nr
-                            && let Some((c, add)) = sink.direct(row, col, size)
-                        {
-                            let stride = sink.row_stride;
-                            // SAFETY: whole rows of f32 in bounds, this item's alone.
-                            unsafe {
-                                kernel.tile_at(
-                                    size[0], steps, rows_a, strides, panel_b, c, stride, add, next,
-                                );
-                            }
-                        } else {
-                            let c = &mut tile.0;
-                            kernel.tile(size[0], steps, rows_a, strides, panel_b, c, nr, false);
-                            sink.store_tile([row, col], size, &tile.0, nr);
-                        }
-                    }
-                }
-            });
-        };
-        match small {
-            true => (0..groups * blocks).for_each(item),
-            false => parallel_each(groups * blocks, item),
-        }
-    });
-}
-
-/// How a product is cut into items of work: groups of rows, which the thread that runs the item
-/// packs for itself, times blocks of columns.
-struct Split {
-    groups: usize,
-    blocks: usize,
-}
-
-impl Split {
-    /// Equal items, a multiple of the threads in number: small enough that threads end together,
-    /// and that a group stays in the second-level cache while columns pass by.
-    fn of(panels_a: usize, panels_b: usize, tile: usize) -> Split {
-        let threads = count();
-        let most = (ITEM / (tile * panels_b).max(1)).clamp(1, GROUP);
-        let rounds = panels_a.div_ceil(most * threads);
-        let groups = (rounds * threads).min(panels_a);
-        // Few rows: threads share them and split the columns.
-        let blocks = if groups >= 2 * threads { 1 } else { panels_b.div_ceil(16).min(4 * threads) };
-        Split { groups, blocks }
-    }
-}
-
-#[repr(align(64))]
-struct Tile([f32; TILE]);

@@ -185,7 +185,7 @@ mod transpose {
         width: usize,
         out: &mut [f32],
     ) {
-        assert!(out.len() >= width * depth && rows <= width);
+        assert!(out.len() >= width * depth && rows <= width && super::stores(width));
         if rows == 0 || depth == 0 {
             return out[..width * depth].fill(0.0);
         }
@@ -207,8 +207,6 @@ mod transpose {
         use std::arch::x86_64::*;
         let [rows, depth, stride] = shape;
         for first in (0..width).step_by(16) {
-            let lanes = (width - first).min(16);
-            let stored = (u32::MAX >> (32 - lanes)) as u16;
             for k in (0..depth).step_by(16) {
                 let steps = (depth - k).min(16);
                 let loaded = (u32::MAX >> (32 - steps)) as u16;
@@ -248,8 +246,9 @@ mod transpose {
                     t[12 + c] = _mm512_shuffle_f32x4::<0xdd>(high, high2);
                 }
                 for (l, t) in t.iter().enumerate().take(steps) {
-                    // SAFETY: masked to the panel's width; step `k + l` is in bounds.
-                    unsafe { _mm512_mask_storeu_ps(out.add((k + l) * width + first), stored, *t) };
+                    let at = (k + l) * width + first;
+                    // SAFETY: step `k + l` is in bounds; all lanes before the next step.
+                    unsafe { super::store(out.add(at), *t, k + l + 1 == depth, width - first) };
                 }
             }
         }
@@ -262,7 +261,7 @@ mod neighbours {
     pub(super) fn copy(data: &[f32], shape: [usize; 3], width: usize, out: &mut [f32]) {
         let [rows, depth, stride] = shape;
         assert!(depth == 0 || data.len() >= (depth - 1) * stride + rows);
-        assert!(rows <= width && out.len() >= width * depth);
+        assert!(rows <= width && out.len() >= width * depth && super::stores(width));
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `transpose::fits` was asked before; all in bounds by the assertions.
         unsafe {
@@ -274,17 +273,19 @@ mod neighbours {
     pub(super) fn pairs(data: &[u16], shape: [usize; 3], width: usize, out: &mut [f32]) {
         let [rows, depth, stride] = shape;
         assert!(depth == 0 || data.len() >= (depth - 1) * stride + rows);
-        assert!(rows <= width && out.len() >= width * depth.div_ceil(2));
+        assert!(rows <= width && out.len() >= width * depth.div_ceil(2) && super::stores(width));
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         unsafe {
-            x86::pairs(data.as_ptr().cast(), shape, width, out.as_mut_ptr().cast());
+            x86::pairs(data.as_ptr().cast(), shape, width, out.as_mut_ptr());
         }
     }
 
     #[cfg(target_arch = "x86_64")]
     mod x86 {
         use std::arch::x86_64::*;
+
+        use super::super::store;
 
         /// Lanes `first ..` of `n`, sixteen at most.
         fn lanes(n: usize, first: usize) -> u16 {
@@ -301,13 +302,13 @@ mod neighbours {
             width: usize,
             out: *mut f32,
         ) {
-            for first in (0..width).step_by(16) {
-                let (from, to) = (lanes(rows, first), lanes(width, first));
-                for k in 0..depth {
+            for k in 0..depth {
+                for first in (0..width).step_by(16) {
                     // SAFETY: masked to what is in bounds.
                     unsafe {
-                        let x = _mm512_maskz_loadu_ps(from, data.wrapping_add(k * stride + first));
-                        _mm512_mask_storeu_ps(out.add(k * width + first), to, x);
+                        let at = data.wrapping_add(k * stride + first);
+                        let x = _mm512_maskz_loadu_ps(lanes(rows, first), at);
+                        store(out.add(k * width + first), x, k + 1 == depth, width - first);
                     }
                 }
             }
@@ -320,11 +321,11 @@ mod neighbours {
             data: *const i16,
             [rows, depth, stride]: [usize; 3],
             width: usize,
-            out: *mut i32,
+            out: *mut f32,
         ) {
-            for first in (0..width).step_by(16) {
-                let (from, to) = (lanes(rows, first), lanes(width, first));
-                for k in (0..depth).step_by(2) {
+            for k in (0..depth).step_by(2) {
+                for first in (0..width).step_by(16) {
+                    let from = lanes(rows, first);
                     let odd = if k + 1 < depth { from } else { 0 };
                     // SAFETY: masked to what is in bounds.
                     unsafe {
@@ -333,10 +334,36 @@ mod neighbours {
                         let high = _mm256_maskz_loadu_epi16(odd, at.wrapping_add(stride));
                         let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
                         let both = _mm512_or_epi32(_mm512_cvtepu16_epi32(low), high);
-                        _mm512_mask_storeu_epi32(out.add(k / 2 * width + first), to, both);
+                        let out = out.add(k / 2 * width + first);
+                        store(out, _mm512_castsi512_ps(both), k + 2 >= depth, width - first);
                     }
                 }
             }
+        }
+    }
+}
+
+/// May steps of this width be written by [`store`]? All vectors of a step are whole, or it is one whose
+/// end the next step covers.
+fn stores(width: usize) -> bool {
+    width.is_multiple_of(16) || (8..16).contains(&width)
+}
+
+/// Stores the first `width` lanes; lanes beyond may be lost in a step that is not the last one, where
+/// the next step writes over them: a store of all lanes costs half of a masked one.
+///
+/// # Safety
+/// Room for a step of so many lanes, and unless it is the `last` one for the next step of as many.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn store(out: *mut f32, x: std::arch::x86_64::__m512, last: bool, width: usize) {
+    use std::arch::x86_64::*;
+    // SAFETY: by contract.
+    unsafe {
+        match last && width < 16 {
+            false => _mm512_storeu_ps(out, x),
+            true => _mm512_mask_storeu_ps(out, (1u16 << width) - 1, x),
         }
     }
 }

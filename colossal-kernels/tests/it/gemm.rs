@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use crate::check::{activation, close, everywhere, noise, rounding, transposed, wide};
 
-const SHAPES: [[usize; 3]; 15] = [
+const SHAPES: [[usize; 3]; 16] = [
     [17, 40, 0],
     [1, 1, 1],
     [1, 37, 65],
@@ -22,6 +22,8 @@ const SHAPES: [[usize; 3]; 15] = [
     [100, 65, 1],
     [60, 65, 1030],
     [113, 259, 130],
+    // Two and three threads each take their columns.
+    [300, 700, 19],
 ];
 
 fn products<T: Float, O: Float>(place: &str) {
@@ -31,7 +33,7 @@ fn products<T: Float, O: Float>(place: &str) {
         let (bias, before): (Vec<T>, Vec<O>) = (noise(n, 7), noise(m * n, 8));
         let product = reference::gemm(m, n, k, &wide(&a), &wide(&b));
         let (at, bt) = (transposed(&a, m, k), transposed(&b, k, n));
-        for layout in 0..4 {
+        for layout in if m < 300 { 0..4 } else { 1..3 } {
             let kinds = [
                 Activation::None,
                 Activation::Relu,
@@ -98,6 +100,17 @@ fn any_number_of_rows_has_its_kernel() {
         any_number_of_rows::<f32>(place);
         any_number_of_rows::<bf16>(place);
     });
+}
+
+#[test]
+fn four_threads_cut_rows_and_columns() {
+    let (m, n, k) = (600, 520, 9);
+    let (a, b): (Vec<f32>, Vec<f32>) = (noise(m * k, 1), noise(k * n, 2));
+    let want = reference::gemm(m, n, k, &wide(&a), &wide(&b));
+    threads::set(Threads::new(4));
+    let mut c = vec![0.0f32; m * n];
+    gemm(Mat::new(&a, m, k), Mat::new(&b, k, n), MatMut::new(&mut c, m, n), &Epilogue::default());
+    close("600 x 520 on four threads", &c, &want, 1e-5);
 }
 
 #[test]
