@@ -74,6 +74,14 @@ fn gpus() -> String {
              nvidia-cublas and name its folder in COLOSSAL_CUDA_PATH"
         ),
     };
+    let _ = match found.cudnn {
+        true => writeln!(text, "cuDNN     found: convolutions"),
+        false => writeln!(
+            text,
+            "cuDNN     not found (9): convolutions run as products of patches; pip install \
+             nvidia-cudnn-cu13 and name its folder in COLOSSAL_CUDA_PATH"
+        ),
+    };
     for folder in &found.folders {
         let _ = writeln!(text, "          from {}", folder.display());
     }

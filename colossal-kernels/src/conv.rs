@@ -10,7 +10,7 @@ use crate::profile;
 use crate::threads::{Parts, parallel_for};
 
 /// Sizes of a convolution; of two dims the first of the three is 1.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ConvShape {
     /// Images.
     pub batch: usize,

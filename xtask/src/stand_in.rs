@@ -1,5 +1,5 @@
-//! CUDA without a GPU: a driver, a compiler that makes kernels run on the CPU, libraries of products
-//! and of collectives, and the suites on them.
+//! CUDA without a GPU: a driver, a compiler that makes kernels run on the CPU, libraries of products,
+//! convolutions and collectives, and the suites on them.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -40,7 +40,7 @@ pub(crate) fn stand_in() -> Result<()> {
         ("XDG_CACHE_HOME", cache),
         ("COLOSSAL_CUDA", "required"),
     ];
-    // Products by the stand-in for cuBLASLt.
+    // Products by the stand-in for cuBLASLt, convolutions by that for cuDNN.
     let all = [
         kernels,
         ("colossal-tensor", "cuda", &[]),
@@ -50,7 +50,7 @@ pub(crate) fn stand_in() -> Result<()> {
     ];
     suites(&all, &env)?;
     // And by our own kernels.
-    env.push(("COLOSSAL_NO_CUBLASLT", "1"));
+    env.extend([("COLOSSAL_NO_CUBLASLT", "1"), ("COLOSSAL_NO_CUDNN", "1")]);
     for order in ORDERS {
         suites(&[kernels], &[&env[..], &[("STAND_IN_ORDER", order)]].concat())?;
     }
@@ -69,6 +69,7 @@ fn build() -> Result<PathBuf> {
         ("cuda.cpp", "libcuda.so.1"),
         ("nvrtc.cpp", "libnvrtc.so.13"),
         ("cublaslt.cpp", "libcublasLt.so.13"),
+        ("cudnn.cpp", "libcudnn.so.9"),
         ("nccl.cpp", "libnccl.so.2"),
     ];
     for (source, library) in libraries {

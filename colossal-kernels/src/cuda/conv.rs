@@ -1,9 +1,10 @@
-//! Convolution as products of patches.
+//! Convolution: by cuDNN where it is there, else as products of patches.
 
+use super::dnn::{Convolution, Pass};
 use super::launch::Plain;
 use super::{
-    Epilogue, Grid, Mat, MatMut, Result, Slice, SliceMut, Source, Stream, args, gemm_batched,
-    source,
+    Epilogue, Grid, Mat, MatMut, Result, Slice, SliceMut, Source, Stream, add_into, args,
+    gemm_batched, source,
 };
 use crate::ConvShape;
 use crate::float::Float;
@@ -86,7 +87,18 @@ impl<'a> Call<'a> {
     }
 }
 
-/// `y = x * weight`: the twin of [`conv`](crate::conv); the images of a group in one launch.
+/// By cuDNN, if it has a way: x, the weights and y, or their gradients, as `addresses`.
+fn by_library<T: Float>(
+    stream: &Stream,
+    shape: &ConvShape,
+    pass: Pass,
+    addresses: [u64; 3],
+    accumulate: bool,
+) -> Result<bool> {
+    stream.convolution(&Convolution { shape, pass, element: T::NAME, addresses, accumulate })
+}
+
+/// `y = x * weight`: the twin of [`conv`](crate::conv); of products the images of a group in one launch.
 ///
 /// # Panics
 /// When lengths do not fit.
@@ -98,6 +110,10 @@ pub fn conv<T: Float>(
     mut y: SliceMut<'_, T>,
 ) -> Result<()> {
     s.check("conv", [x.len(), weight.len(), y.len()]);
+    let addresses = [x.address(), weight.address(), y.address()];
+    if by_library::<T>(stream, s, Pass::Forward, addresses, false)? {
+        return Ok(());
+    }
     let call = Call::new(stream, s);
     let [image, out] = call.images;
     call.chunks(|first, count, mut columns: SliceMut<'_, T>| {
@@ -125,6 +141,10 @@ pub fn conv_backward_input<T: Float>(
     mut dx: SliceMut<'_, T>,
 ) -> Result<()> {
     s.check("conv_backward_input", [dx.len(), weight.len(), dy.len()]);
+    let addresses = [dx.address(), weight.address(), dy.address()];
+    if by_library::<T>(stream, s, Pass::Input, addresses, false)? {
+        return Ok(());
+    }
     let call = Call::new(stream, s);
     let [image, out] = call.images;
     let f = stream.function(&CONV, &[("TYPE", T::CUDA)], "conv_image")?;
@@ -145,7 +165,8 @@ pub fn conv_backward_input<T: Float>(
     })
 }
 
-/// `dweight +=` the gradient of [`conv`] to its weights, image after image.
+/// `dweight +=` the gradient of [`conv`] to its weights: of products image after image. cuDNN gives it in
+/// the type of x: for 16 bits it is rounded once before it is added.
 ///
 /// # Panics
 /// When lengths do not fit.
@@ -157,6 +178,21 @@ pub fn conv_backward_weight<T: Float>(
     mut dweight: SliceMut<'_, f32>,
 ) -> Result<()> {
     s.check("conv_backward_weight", [x.len(), dweight.len(), dy.len()]);
+    let (pass, [x_at, dy_at]) = (Pass::Weight, [x.address(), dy.address()]);
+    let done = if T::NAME == "f32" {
+        by_library::<T>(stream, s, pass, [x_at, dweight.address(), dy_at], true)?
+    } else {
+        stream.with_scratch(dweight.len(), |room: SliceMut<'_, T>| {
+            let done = by_library::<T>(stream, s, pass, [x_at, room.address(), dy_at], false)?;
+            if done {
+                add_into(stream, room.as_slice(), dweight.reborrow())?;
+            }
+            Ok(done)
+        })?
+    };
+    if done {
+        return Ok(());
+    }
     let call = Call::new(stream, s);
     let [image, _] = call.images;
     let e = Epilogue { accumulate: true, ..Epilogue::default() };

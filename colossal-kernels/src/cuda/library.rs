@@ -16,6 +16,8 @@ pub struct Found {
     pub nvrtc: Option<(i32, i32)>,
     /// cuBLASLt: products.
     pub cublaslt: bool,
+    /// cuDNN 9: convolutions.
+    pub cudnn: bool,
     /// Folders beside the linker's own in which a library was found.
     pub folders: Vec<PathBuf>,
 }
@@ -26,10 +28,15 @@ pub fn found() -> &'static Found {
     FOUND.get_or_init(|| {
         // SAFETY: loading NVIDIA's libraries runs their initialisers and nothing else.
         let driver = unsafe { cudarc::driver::sys::is_culib_present() };
-        let mut found = Found { driver, nvrtc: None, cublaslt: false, folders: vec![] };
+        let mut found =
+            Found { driver, nvrtc: None, cublaslt: false, cudnn: false, folders: vec![] };
         if driver || std::env::var_os("COLOSSAL_CUDA_PATH").is_some() {
             // The builtins first: NVRTC asks for them by name.
-            for names in [["libnvrtc-builtins.so.", "libnvrtc.so."], ["libcublasLt.so.", ""]] {
+            for names in [
+                ["libnvrtc-builtins.so.", "libnvrtc.so."],
+                ["libcublasLt.so.", ""],
+                ["libcudnn.so.9", ""],
+            ] {
                 for folder in folders() {
                     if names.iter().filter(|n| !n.is_empty()).all(|n| load(&folder, n)) {
                         found.folders.push(folder);
@@ -47,6 +54,7 @@ pub fn found() -> &'static Found {
             }
             // SAFETY: as above.
             found.cublaslt = unsafe { cudarc::cublaslt::sys::is_culib_present() };
+            found.cudnn = super::dnn::is_there();
         }
         found
     })

@@ -32,6 +32,7 @@ mod conv;
 mod cross_entropy;
 mod decode;
 mod device;
+mod dnn;
 mod elementwise;
 mod embedding;
 mod error;

@@ -8,6 +8,7 @@ use cudarc::driver::{CudaEvent, CudaStream, result};
 
 use super::blas::{Blas, Product};
 use super::device::Device;
+use super::dnn::{Convolution, Dnn};
 use super::error::{Doing, Error, Result};
 use super::memory::{Block, Pinned};
 use super::slice::{Slice, SliceMut};
@@ -19,6 +20,8 @@ pub struct Stream {
     stream: Arc<CudaStream>,
     /// Made when the first product asks for it.
     blas: Arc<OnceLock<Option<Blas>>>,
+    /// The same for convolutions.
+    dnn: Arc<OnceLock<Option<Dnn>>>,
     /// Scratch of kernels, grown to the largest need.
     scratch: Arc<Mutex<Vec<Block>>>,
     /// Made when it is first asked for.
@@ -65,8 +68,9 @@ impl Stream {
     }
 
     fn of(device: &Device, stream: Arc<CudaStream>) -> Stream {
-        let (blas, scratch, beside) = (Arc::default(), Arc::default(), Arc::default());
-        Stream { device: device.clone(), stream, blas, scratch, beside }
+        let (blas, dnn) = (Arc::default(), Arc::default());
+        let (scratch, beside) = (Arc::default(), Arc::default());
+        Stream { device: device.clone(), stream, blas, dnn, scratch, beside }
     }
 
     /// A second queue beside it, which it owns: for messages that its work does not wait for.
@@ -125,6 +129,19 @@ impl Stream {
         }
         match self.blas.get() {
             Some(Some(blas)) => blas.run(self, product),
+            _ => Ok(false),
+        }
+    }
+
+    /// Puts a convolution on it, if cuDNN is there and has an algorithm for it.
+    pub(super) fn convolution(&self, convolution: &Convolution<'_>) -> Result<bool> {
+        if self.dnn.get().is_none() {
+            let dnn = Dnn::new(self)?;
+            // As above.
+            let _ = self.dnn.set(dnn);
+        }
+        match self.dnn.get() {
+            Some(Some(dnn)) => dnn.run(self, convolution),
             _ => Ok(false),
         }
     }
