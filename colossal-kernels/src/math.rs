@@ -1,4 +1,21 @@
-//! Elementary functions in plain code that vectorises.
+//! Elementary functions and sums in plain code that vectorises.
+
+/// How many sums run side by side: two vectors of sixteen, so that one addition need not wait for
+/// the other.
+pub(crate) const LANES: usize = 32;
+
+/// The sum of the lanes, by halves.
+#[inline(always)]
+pub(crate) fn total(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for l in 0..half {
+            lanes[l] += lanes[l + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
 
 /// `e^x`, within 2 units in the last place; 0 below -87.3, finite up to 88.7.
 #[inline(always)]

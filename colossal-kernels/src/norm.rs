@@ -3,37 +3,42 @@
 use crate::elementwise::check;
 use crate::float::Float;
 use crate::isa::simd;
+use crate::math::{LANES, total};
 use crate::profile;
 use crate::threads::{Parts, count, parallel_for};
 
 simd! {
     fn dot3<T: Float>(a: &[T], b: &[T], c: &[T]) -> f32 {
-        let mut lanes = [0.0f32; 16];
-        let n = a.len().min(b.len()).min(c.len());
-        let whole = n / 16 * 16;
-        for i in (0..whole).step_by(16) {
-            for l in 0..16 {
-                lanes[l] += a[i + l].to_f32() * b[i + l].to_f32() * c[i + l].to_f32();
+        let mut lanes = [0.0f32; LANES];
+        let [(a, a_rest), (b, b_rest), (c, c_rest)] = [a, b, c].map(|x| x.as_chunks::<LANES>());
+        for ((a, b), c) in a.iter().zip(b).zip(c) {
+            for (((lane, a), b), c) in lanes.iter_mut().zip(a).zip(b).zip(c) {
+                *lane += a.to_f32() * b.to_f32() * c.to_f32();
             }
         }
-        let rest: f32 = (whole..n).map(|i| a[i].to_f32() * b[i].to_f32() * c[i].to_f32()).sum();
-        lanes.iter().sum::<f32>() + rest
+        for (((lane, a), b), c) in lanes.iter_mut().zip(a_rest).zip(b_rest).zip(c_rest) {
+            *lane += a.to_f32() * b.to_f32() * c.to_f32();
+        }
+        total(lanes)
     }
 }
 
 simd! {
     /// Sum of `(x - mean)²`.
     fn squares<T: Float>(x: &[T], mean: f32) -> f32 {
-        let mut lanes = [0.0f32; 16];
-        let chunks = x.chunks_exact(16);
-        let rest: f32 = chunks.remainder().iter().map(|x| (x.to_f32() - mean).powi(2)).sum();
-        for c in chunks {
-            for (lane, x) in lanes.iter_mut().zip(c) {
+        let mut lanes = [0.0f32; LANES];
+        let (whole, rest) = x.as_chunks::<LANES>();
+        for x in whole {
+            for (lane, x) in lanes.iter_mut().zip(x) {
                 let d = x.to_f32() - mean;
                 *lane += d * d;
             }
         }
-        lanes.iter().sum::<f32>() + rest
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            let d = x.to_f32() - mean;
+            *lane += d * d;
+        }
+        total(lanes)
     }
 }
 
@@ -151,22 +156,21 @@ pub fn layer_norm_backward<T: Float>(
     check("layer_norm_backward", dweight.len(), dim);
     check("layer_norm_backward", dbias.len(), dim);
     simd! { fn sums<T: Float>(dy: &[T], x: &[T], w: &[T], m: f32, r: f32) -> [f32; 2] {
-        let (mut a, mut b) = ([0.0f32; 16], [0.0f32; 16]);
-        let n = dy.len().min(x.len()).min(w.len());
-        let whole = n / 16 * 16;
-        for i in (0..whole).step_by(16) {
-            for l in 0..16 {
-                let g = dy[i + l].to_f32() * w[i + l].to_f32();
-                a[l] += g;
-                b[l] += g * (x[i + l].to_f32() - m) * r;
+        let (mut a, mut b) = ([0.0f32; LANES], [0.0f32; LANES]);
+        let [(dy, dy_rest), (x, x_rest), (w, w_rest)] = [dy, x, w].map(|x| x.as_chunks::<LANES>());
+        for ((dy, x), w) in dy.iter().zip(x).zip(w) {
+            for ((((a, b), dy), x), w) in a.iter_mut().zip(&mut b).zip(dy).zip(x).zip(w) {
+                let g = dy.to_f32() * w.to_f32();
+                *a += g;
+                *b += g * (x.to_f32() - m) * r;
             }
         }
-        for i in whole..n {
-            let g = dy[i].to_f32() * w[i].to_f32();
-            a[0] += g;
-            b[0] += g * (x[i].to_f32() - m) * r;
+        for ((((a, b), dy), x), w) in a.iter_mut().zip(&mut b).zip(dy_rest).zip(x_rest).zip(w_rest) {
+            let g = dy.to_f32() * w.to_f32();
+            *a += g;
+            *b += g * (x.to_f32() - m) * r;
         }
-        [a.iter().sum(), b.iter().sum()]
+        [total(a), total(b)]
     } }
     simd! { fn write<T: Float>(dy: &[T], x: &[T], w: &[T], stats: [f32; 4], dx: &mut [T], dw: &mut [f32], db: &mut [f32]) {
         let [m, r, a, b] = stats;

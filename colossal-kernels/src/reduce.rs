@@ -2,6 +2,7 @@
 
 use crate::float::Float;
 use crate::isa::simd;
+use crate::math::{LANES, total};
 use crate::profile;
 use crate::threads::{Parts, parallel_for};
 
@@ -9,15 +10,17 @@ use crate::threads::{Parts, parallel_for};
 pub fn sum<T: Float>(x: &[T]) -> f32 {
     let _span = profile::moves::<T>("sum", x.len(), 1);
     simd! { fn block<T: Float>(x: &[T]) -> f32 {
-        let mut lanes = [0.0f32; 16];
-        let chunks = x.chunks_exact(16);
-        let rest: f32 = chunks.remainder().iter().map(|x| x.to_f32()).sum();
-        for c in chunks {
-            for (lane, x) in lanes.iter_mut().zip(c) {
+        let mut lanes = [0.0f32; LANES];
+        let (whole, rest) = x.as_chunks::<LANES>();
+        for x in whole {
+            for (lane, x) in lanes.iter_mut().zip(x) {
                 *lane += x.to_f32();
             }
         }
-        lanes.iter().sum::<f32>() + rest
+        for (lane, x) in lanes.iter_mut().zip(rest) {
+            *lane += x.to_f32();
+        }
+        total(lanes)
     } }
     x.chunks(4096).map(|b| f64::from(block(b))).sum::<f64>() as f32
 }

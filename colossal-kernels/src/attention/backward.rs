@@ -9,7 +9,7 @@ use crate::cast::round;
 use crate::float::Float;
 use crate::gemm::with_workspace;
 use crate::isa::simd;
-use crate::math::exp;
+use crate::math::{LANES, exp, total};
 use crate::profile;
 use crate::threads::{Parts, parallel_for};
 
@@ -258,16 +258,17 @@ impl Part<'_> {
 
 simd! {
     fn dot<T: Float>(a: &[T], b: &[T]) -> f32 {
-        let mut lanes = [0.0f32; 16];
-        let (a16, a_rest) = a.as_chunks::<16>();
-        let (b16, b_rest) = b.as_chunks::<16>();
-        for (a, b) in a16.iter().zip(b16) {
-            for l in 0..16 {
-                lanes[l] += a[l].to_f32() * b[l].to_f32();
+        let mut lanes = [0.0f32; LANES];
+        let [(a, a_rest), (b, b_rest)] = [a, b].map(|x| x.as_chunks::<LANES>());
+        for (a, b) in a.iter().zip(b) {
+            for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+                *lane += a.to_f32() * b.to_f32();
             }
         }
-        let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a.to_f32() * b.to_f32()).sum();
-        lanes.iter().sum::<f32>() + rest
+        for ((lane, a), b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
+            *lane += a.to_f32() * b.to_f32();
+        }
+        total(lanes)
     }
 }
 
