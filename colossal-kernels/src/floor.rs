@@ -28,6 +28,25 @@ impl Floor {
         };
         Floor { f32_flops, bf16_flops, bytes: triad(), read: read() }
     }
+
+    /// Seconds in which the threads together read `x` once: the floor of what reads just that.
+    pub fn read_once(x: &[f32]) -> f64 {
+        crate::isa::simd! { fn piece(x: &[f32]) -> f32 {
+            // One sum of 64 lanes: what the compiler keeps in registers under any instructions.
+            let mut lanes = [0.0f32; 64];
+            for x in x.as_chunks::<64>().0 {
+                for l in 0..64 {
+                    lanes[l] += x[l];
+                }
+            }
+            lanes.iter().sum()
+        } }
+        let start = Instant::now();
+        parallel_for(x.len(), 1 << 18, |range| {
+            std::hint::black_box(piece(&x[range]));
+        });
+        start.elapsed().as_secs_f64()
+    }
 }
 
 fn best(f: impl Fn() -> f64) -> f64 {
@@ -128,27 +147,8 @@ mod x86 {
 
 /// Bytes per second of a sum over 64 MiB.
 fn read() -> f64 {
-    crate::isa::simd! { fn piece(x: &[f32]) -> f32 {
-        // One sum of 64 lanes: what the compiler keeps in registers under any instructions.
-        let mut lanes = [0.0f32; 64];
-        for x in x.as_chunks::<64>().0 {
-            for l in 0..64 {
-                lanes[l] += x[l];
-            }
-        }
-        lanes.iter().sum()
-    } }
-    const N: usize = 16 << 20;
-    let x = vec![1.0f32; N];
-    let mut top = 0.0f64;
-    for _ in 0..4 {
-        let start = Instant::now();
-        parallel_for(N, 1 << 20, |range| {
-            std::hint::black_box(piece(&x[range]));
-        });
-        top = top.max(4.0 * N as f64 / start.elapsed().as_secs_f64());
-    }
-    top
+    let x = vec![1.0f32; 16 << 20];
+    (0..4).map(|_| size_of_val(&x[..]) as f64 / Floor::read_once(&x)).fold(0.0, f64::max)
 }
 
 /// Bytes per second of `a = b + s c` over 3 x 32 MiB.

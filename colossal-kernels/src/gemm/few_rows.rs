@@ -102,10 +102,11 @@ impl<T: Float> Group<'_, T> {
         let Group { b, first, count } = *self;
         let steps = b.rows.div_ceil(lanes::<T>());
         let width = Self::width(packed.len() / (steps * LANES));
-        // While a group is multiplied the next one is asked for, in the order of addresses.
+        // While a group is multiplied the next one is asked for, in the order of addresses; or what
+        // follows soon, where columns are read whole.
         let column = |j: usize| b.data.as_ptr().wrapping_add((first + j) * b.col_stride);
         let mut next = match each {
-            1..5 => column(0).cast::<i8>().wrapping_add(AHEAD),
+            1..5 if part >= steps => column(0).cast::<i8>().wrapping_add(AHEAD),
             _ => column(GROUP).cast(),
         };
         for at in (0..steps).step_by(part) {

@@ -141,13 +141,17 @@ fn best(args: &Args, arguments: &[&str]) -> Peer {
 }
 
 /// Kernel, type, sizes: `m n k` of products, `batch seq heads head_dim` of attention.
-const CASES: [&str; 24] = [
+const CASES: [&str; 28] = [
     "gemm f32 512 512 512",
     "gemm f32 1024 1024 1024",
+    "gemm f32 2048 2048 2048",
+    "gemm f32 1024 768 768",
     "gemm f32 1024 2048 512",
     "gemm f32 4096 768 3072",
     "gemm bf16 512 512 512",
     "gemm bf16 1024 1024 1024",
+    "gemm bf16 2048 2048 2048",
+    "gemm bf16 1024 768 768",
     "gemm bf16 1024 2048 512",
     "gemm bf16 4096 768 3072",
     "gemm f32 1 4096 4096",
@@ -165,7 +169,7 @@ const CASES: [&str; 24] = [
     "attention bf16 1 4096 8 64",
     "attention bf16 1 2048 8 128",
     "cross_entropy f32 1024 8192",
-    "adamw f32 25000000",
+    "adamw f32 50000000",
 ];
 
 fn kernels(args: &Args) -> Result<Vec<Value>> {
