@@ -194,9 +194,9 @@ impl Param {
         self.int8.get()
     }
 
-    /// Has the matrix of a linear layer multiplied in fp8 from here on, forward and backward, or no
+    /// Has the matrix of a linear layer, or those of experts, multiplied in fp8 from here on, forward and backward, or no
     /// longer. Its values stay as they are. Does nothing to other parameters: tables and heads
-    /// ([`Dim::Vocab`]), routers, scores and low-rank factors ([`Dim::Other`]) are not rounded.
+    /// ([`Dim::Vocab`]), routers and scores ([`Dim::Other`]) are not rounded.
     pub fn set_fp8(&self, recipe: Option<Fp8Recipe>) {
         let inner = |d: &Dim| !matches!(d, Dim::Vocab(_) | Dim::Other(_));
         if self.factor.load(Ordering::Relaxed) && self.dims.iter().all(inner) {

@@ -44,9 +44,9 @@ pub struct Plan {
     pub recompute: bool,
     /// What parameters and activations are held in. Masters and gradients are f32.
     pub precision: Precision,
-    /// The linear layers of blocks multiply in fp8, forward and backward: `off`; `tensor`: a scale for
+    /// The linear layers and experts of blocks multiply in fp8, forward and backward: `off`; `tensor`: a scale for
     /// each matrix, e4m3 and e5m2; `block`: a scale for 128 elements, or 128 x 128, e4m3. Embeddings,
-    /// heads, norms, attention, routers and stacked experts stay in `precision`.
+    /// heads, norms, attention and routers stay in `precision`.
     pub fp8: Fp8,
     /// Gradients are accumulated over so many microbatches before each update.
     pub microbatches: usize,

@@ -13,7 +13,8 @@ use crate::propagate::propagate;
 use crate::tensor::Tensor;
 
 impl Tensor {
-    /// `rows W[expert]ᵀ`: rows `[rows, in]` sorted by expert, `weight [experts, out, in]`.
+    /// `rows W[expert]ᵀ`: rows `[rows, in]` sorted by expert, `weight [experts, out, in]`. In fp8, if the
+    /// weight is to be, each expert by itself.
     pub fn grouped_linear(&self, weight: &Tensor, journey: &Arc<Journey>) -> Result<Tensor> {
         let op = "grouped_linear";
         let (&[rows, k], &[experts, n, wk]) = (self.shape(), weight.shape()) else {
@@ -33,9 +34,19 @@ impl Tensor {
             (Invariant, Invariant) => Some(Invariant),
             _ => None,
         })?;
+        let fp8 = weight.param().and_then(|p| p.fp8()).filter(|_| n * k > 0);
         let y = produce(self.scope(), &[rows, n], self.dtype(), layout, |y| {
             float!(op, self.dtype(), T => {
                 let (x, w) = (self.lend::<T>()?, weight.lend::<T>()?);
+                if let Some(fp8) = fp8 {
+                    let (x, w, mut y) = (x.view::<T>(), w.view::<T>(), y.view_mut::<T>());
+                    for (e, at, m) in journey.products(|e, at, m| (e, at, m)) {
+                        let w = w.range(e * n * k..(e + 1) * n * k);
+                        let y = y.reborrow().range(at * n..(at + m) * n);
+                        fp8.output([m, n, k], x.range(at * k..(at + m) * k), w, None, y)?;
+                    }
+                    return Ok(());
+                }
                 let products = journey.products(|e, at, m| {
                     (Part::new(at * k, m, k), Part::new(e * n * k, n, k).t(), at * n)
                 });
@@ -51,6 +62,17 @@ impl Tensor {
                 let dx = produce(x.scope(), x.shape(), x.dtype(), layout, |dx| {
                     float!(op, dy.dtype(), T => {
                         let (dy, w) = (dy.lend::<T>()?, w.lend::<T>()?);
+                        if let Some(fp8) = fp8 {
+                            let (dy, w) = (dy.view::<T>(), w.view::<T>());
+                            let mut dx = dx.view_mut::<T>();
+                            for (e, at, m) in journey.products(|e, at, m| (e, at, m)) {
+                                let w = w.range(e * n * k..(e + 1) * n * k);
+                                let dx = dx.reborrow().range(at * k..(at + m) * k);
+                                let dy = dy.range(at * n..(at + m) * n);
+                                fp8.input_gradient([m, n, k], dy, w, dx)?;
+                            }
+                            return Ok(());
+                        }
                         let products = journey.products(|e, at, m| {
                             (Part::new(at * n, m, n), Part::new(e * n * k, n, k), at * k)
                         });
@@ -68,6 +90,15 @@ impl Tensor {
                     let idle = journey.starts.windows(2).enumerate();
                     for (e, _) in idle.filter(|(_, ends)| fresh && ends[0] == ends[1]) {
                         sum.reborrow().range(e * n * k..(e + 1) * n * k).zero()?;
+                    }
+                    if let Some(fp8) = fp8 {
+                        let (dy, x) = (dy.view::<T>(), x.view::<T>());
+                        for (e, at, m) in journey.products(|e, at, m| (e, at, m)) {
+                            let sum = sum.reborrow().range(e * n * k..(e + 1) * n * k);
+                            let (dy, x) = (dy.range(at * n..(at + m) * n), x.range(at * k..(at + m) * k));
+                            fp8.weight_gradient([m, n, k], dy, x, Accumulator { sum, fresh })?;
+                        }
+                        return Ok(());
                     }
                     let products = journey.products(|e, at, m| {
                         (Part::new(at * n, m, n).t(), Part::new(at * k, m, k), e * n * k)

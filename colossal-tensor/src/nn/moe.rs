@@ -68,12 +68,17 @@ impl Moe {
             })
             .transpose()?;
         bias.iter().for_each(|b| b.set_trainable(false));
+        let factor = |name, output, input| -> Result<Arc<Param>> {
+            let w = e.tensor(name, &[experts, output, input], init)?;
+            w.used_as_factor(true);
+            Ok(w)
+        };
         Ok(Moe {
             gate,
             bias,
-            w1: e.tensor("w1", &[experts, mlp, embed], init)?,
-            w2: e.tensor("w2", &[experts, embed, mlp], init)?,
-            w3: e.tensor("w3", &[experts, mlp, embed], init)?,
+            w1: factor("w1", mlp, embed)?,
+            w2: factor("w2", embed, mlp)?,
+            w3: factor("w3", mlp, embed)?,
             shared,
             load: Mutex::new(vec![0.0; routing.experts]),
             routing,

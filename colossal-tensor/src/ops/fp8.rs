@@ -53,7 +53,7 @@ impl Fp8Recipe {
     }
 
     /// `y [m, n] = x [m, k] wᵀ + bias`.
-    pub(super) fn output<T: Float + Element>(
+    pub(crate) fn output<T: Float + Element>(
         self,
         [m, n, k]: [usize; 3],
         x: View<'_, T>,
@@ -67,7 +67,7 @@ impl Fp8Recipe {
     }
 
     /// `dx [m, k] = dy [m, n] w`.
-    pub(super) fn input_gradient<T: Float + Element>(
+    pub(crate) fn input_gradient<T: Float + Element>(
         self,
         [m, n, k]: [usize; 3],
         dy: View<'_, T>,
@@ -80,7 +80,7 @@ impl Fp8Recipe {
     }
 
     /// `dw [n, k] += dyᵀ x`.
-    pub(super) fn weight_gradient<T: Float + Element>(
+    pub(crate) fn weight_gradient<T: Float + Element>(
         self,
         [m, n, k]: [usize; 3],
         dy: View<'_, T>,

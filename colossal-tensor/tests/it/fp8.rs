@@ -2,7 +2,8 @@
 
 use colossal_comm::on_ranks;
 use colossal_kernels::{Fp8, cuda::Stream};
-use colossal_tensor::nn::Linear;
+use colossal_tensor::moe::{Journey, Routing};
+use colossal_tensor::nn::{Linear, Moe};
 use colossal_tensor::safetensors::Archive;
 use colossal_tensor::*;
 
@@ -73,6 +74,71 @@ fn fp8_layers_and_their_gradients_equal_products_of_what_pytorch_has_rounded() {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Experts, each by itself, are layers: the same bits, and an expert without rows has no gradient.
+#[test]
+fn fp8_experts_are_layers_each_of_its_rows() {
+    let (tokens, experts, n, k) = (150, 4, 6, 140);
+    // The second is nobody's choice.
+    let choice_of = |t: usize| [0, 2, 3][(t * t + t / 7) % 3];
+    for device in devices() {
+        for (recipe, name) in RECIPES {
+            let scope = Scope::solo().on(&device);
+            let p = Params::new(&scope, 0, Dtype::F32);
+            let dims = [Dim::Experts(experts), Dim::Mlp(n), Dim::Embed(k)];
+            let routing = Routing::top_k(experts, 1);
+            let moe = Moe::new(&p, Dim::Embed(k), n, routing.clone(), None, false).unwrap();
+            let w1 = p.get("experts.w1").unwrap();
+            assert_eq!(w1.dims(), dims);
+            p.all().iter().for_each(|p| p.set_fp8(Some(recipe)));
+            assert!(w1.fp8().is_some() && p.get("gate.weight").unwrap().fp8().is_none());
+            let scores: Vec<f32> = (0..tokens)
+                .flat_map(|t| (0..experts).map(move |e| if e == choice_of(t) { 5.0 } else { 0.0 }))
+                .collect();
+            let layout = Layout::default();
+            let of = |values: &[f32], shape: &[usize]| {
+                Tensor::from_slice(&scope, values, shape, layout).unwrap()
+            };
+            let scores = of(&scores, &[tokens, experts]);
+            let (_, choice) = scores.route(&routing, None, None).unwrap();
+            let journey = Journey::new(&choice, &routing, &w1.tensor()).unwrap();
+            let (x, dy) = (noise(tokens * k, 1), noise(tokens * n, 2));
+            let x = param(&p, "x", &[tokens, k], &x);
+            let rows = x.tensor().dispatch(&journey).unwrap();
+            let y = rows.grouped_linear(&w1.tensor(), &journey).unwrap();
+            let grads = y.weighted_sum(&dy).unwrap().backward().unwrap();
+            let (rows, y, w) = (rows.to_vec().unwrap(), y.to_vec().unwrap(), w1.to_vec().unwrap());
+            let dw = grads.get(&w1).unwrap();
+            let mut at = 0;
+            for e in 0..experts {
+                let own = e * n * k..(e + 1) * n * k;
+                let tokens: Vec<usize> = (0..tokens).filter(|t| choice_of(*t) == e).collect();
+                let m = tokens.len();
+                if m == 0 {
+                    assert!(dw[own].iter().all(|g| *g == 0.0));
+                    continue;
+                }
+                let p = Params::new(&scope, 0, Dtype::F32);
+                let layer = Linear::new(&p, Dim::Embed(k), Dim::Mlp(n), false).unwrap();
+                let weight = p.get("weight").unwrap();
+                weight.set(&w[own.clone()]).unwrap();
+                weight.set_fp8(Some(recipe));
+                let own_x = param(&p, "x", &[m, k], &rows[at * k..(at + m) * k]);
+                let part = layer.forward(&own_x.tensor()).unwrap();
+                let loss = part.weighted_sum(&dy[at * n..(at + m) * n]).unwrap();
+                let alone = loss.backward().unwrap();
+                assert_eq!(part.to_vec().unwrap(), y[at * n..(at + m) * n], "{name} on {device}");
+                assert_eq!(alone.get(&weight).unwrap(), &dw[own], "{name} on {device}");
+                let dx: Vec<&[f32]> = grads.get(&x).unwrap().chunks(k).collect();
+                let dx: Vec<f32> = tokens.iter().flat_map(|t| dx[*t].to_vec()).collect();
+                assert_eq!(alone.get(&own_x).unwrap(), dx, "{name} on {device}");
+                at += m;
+            }
+            assert_eq!(at, tokens);
+            drop(moe);
         }
     }
 }
