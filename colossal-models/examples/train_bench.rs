@@ -1,7 +1,8 @@
 //! Whole training steps of the reference models: prints the median tokens per second.
 //!
-//! `cargo run --release -p colossal-models --example train_bench -- llama 2 [f32|bf16] [steps]
-//! [trace.json]`, on a GPU if there is one: `gpt2-124m` and `llama-1b` are for GPUs; with a path the last step is profiled: a table here, a Chrome trace there.
+//! `cargo run --release -p colossal-models --example train_bench -- llama 2 [f32|bf16|fp8|fp8_block]
+//! [steps] [trace.json]`, on a GPU if there is one: `gpt2-124m` and `llama-1b` are for GPUs; fp8 is bf16 with
+//! linear layers in 8 bits; with a path the last step is profiled: a table here, a Chrome trace there.
 #![forbid(unsafe_code)]
 
 use std::error::Error;
@@ -9,7 +10,7 @@ use std::error::Error;
 use colossal_kernels::{Floor, Threads, profile, threads};
 use colossal_models::gpt2::Gpt2Config;
 use colossal_models::llama::LlamaConfig;
-use colossal_models::train::{AdamW, Batch, LrSchedule, Plan, Precision, Trainer};
+use colossal_models::train::{AdamW, Batch, Fp8, LrSchedule, Plan, Precision, Trainer};
 use colossal_models::{DecoderConfig, Device, Group};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -45,9 +46,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         }),
     };
     threads::set(Threads::new(arg(1, "2").parse()?));
-    let precision = if arg(2, "f32") == "bf16" { Precision::Bf16 } else { Precision::F32 };
+    let (precision, fp8) = match arg(2, "f32").as_str() {
+        "bf16" => (Precision::Bf16, Fp8::Off),
+        "fp8" => (Precision::Bf16, Fp8::Tensor),
+        "fp8_block" => (Precision::Bf16, Fp8::Block),
+        _ => (Precision::F32, Fp8::Off),
+    };
     let steps: usize = arg(3, "6").parse().unwrap_or(6);
-    let plan = Plan { precision, ..Plan::default() };
+    let plan = Plan { precision, fp8, ..Plan::default() };
     let rule = AdamW { lr: LrSchedule::constant(3e-4), weight_decay: 0.01, ..AdamW::default() };
     let mut trainer = Trainer::new(&Group::solo(), &plan, &config, rule, 0)?;
     let stream = colossal_tensor::random::Stream::new(0, 0);

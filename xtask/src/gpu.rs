@@ -205,11 +205,21 @@ fn benches(args: &Args, program: &dyn Fn(&str) -> String) -> Result<Vec<Value>> 
         }
     }
     bench::header("training step on the GPU, tokens/s");
-    for model in ["gpt2-124m", "llama-1b"].iter().filter(|m| m.contains(&args.only)) {
-        let mut ours = Prompt::start(&program("train_bench"), &[model, "2", "bf16", "serve"], &[])?;
+    // In fp8 too beside PyTorch in bf16.
+    for (model, precision) in [
+        ("gpt2-124m", "bf16"),
+        ("llama-1b", "bf16"),
+        ("llama-1b", "fp8"),
+        ("llama-1b", "fp8_block"),
+    ] {
+        let what = format!("{model} {precision}");
+        if !what.contains(&args.only) {
+            continue;
+        }
+        let ours = [model, "2", precision, "serve"];
+        let mut ours = Prompt::start(&program("train_bench"), &ours, &[])?;
         let flags = ["--device", "cuda", "--model", model, "--dtype", "bf16", "--mode", "compile"];
         let mut peers = peer("xtask/peers/train_torch.py", &flags)?;
-        let what = format!("{model} bf16");
         match take_turns((args.rounds, 0), &what, "step", &mut ours, &mut peers, "tokens/s") {
             Ok(more) => rows.extend(more),
             Err(e) => println!("{what}: {e}"),
