@@ -144,10 +144,20 @@ fn case<T: Float>(kernel: &str, sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
             })
         }
         ("adamw", &[n]) => {
-            let (mut p, g) = (noise::<f32>(n, 1), noise::<f32>(n, 2));
-            let (mut m, mut v) = (vec![0.0f32; n], vec![0.0f32; n]);
+            let mut states = [0; 4].map(|_| Block::zeroed(n * size_of::<f32>()));
+            for (i, state) in states[..2].iter_mut().enumerate() {
+                let values = noise::<f32>(n, i as u32);
+                state
+                    .bytes_mut(n * size_of::<f32>())
+                    .copy_from_slice(bytemuck::cast_slice(&values));
+            }
             let rule = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
-            Box::new(move || rule.step(9, &mut p, &g, &mut m, &mut v))
+            Box::new(move || {
+                let [p, g, m, v] = states
+                    .each_mut()
+                    .map(|state| bytemuck::cast_slice_mut(state.bytes_mut(n * size_of::<f32>())));
+                rule.step(9, p, g, m, v);
+            })
         }
         _ => return None,
     })

@@ -53,7 +53,10 @@ fn best(f: impl Fn() -> f64) -> f64 {
     (0..8).map(|_| f()).fold(0.0, f64::max)
 }
 
-const STEPS: usize = 20_000;
+const STEPS: usize = 12_000;
+/// Sums side by side, as in the kernel of products. Of 16 or 24, `vdpbf16ps` of Zen 4 reaches 89 % of its rate.
+#[cfg(target_arch = "x86_64")]
+const SUMS: usize = 28;
 
 /// Flops per second of all threads, each multiplying in registers.
 fn products(bf16: bool) -> f64 {
@@ -81,9 +84,11 @@ fn multiply(bf16: bool) -> (f32, u64) {
     #[cfg(target_arch = "x86_64")]
     match isa() {
         // SAFETY: isa() has found these instructions on this machine.
-        Isa::Avx512Bf16 if bf16 => return unsafe { (x86::bf16(), (STEPS * 16 * 64) as u64) },
-        // SAFETY: as above.
-        Isa::Avx512 | Isa::Avx512Bf16 => return unsafe { (x86::f32(), (STEPS * 16 * 32) as u64) },
+        Isa::Avx512Bf16 if bf16 => return unsafe { (x86::bf16(), (STEPS * SUMS * 64) as u64) },
+        Isa::Avx512 | Isa::Avx512Bf16 => {
+            // SAFETY: as above.
+            return (unsafe { x86::f32() }, (STEPS * SUMS * 32) as u64);
+        }
         // SAFETY: as above.
         Isa::Avx2 => return unsafe { (x86::avx2(), (STEPS * 12 * 16) as u64) },
         Isa::Portable => {}
@@ -101,14 +106,14 @@ fn multiply(bf16: bool) -> (f32, u64) {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::STEPS;
+    use super::{STEPS, SUMS};
 
     /// # Safety
     /// AVX-512F.
     #[target_feature(enable = "avx512f")]
     pub(super) unsafe fn f32() -> f32 {
         let (x, y) = std::hint::black_box((_mm512_set1_ps(0.5), _mm512_set1_ps(0.25)));
-        let mut acc = [_mm512_setzero_ps(); 16];
+        let mut acc = [_mm512_setzero_ps(); SUMS];
         for _ in 0..STEPS {
             acc.iter_mut().for_each(|a| *a = _mm512_fmadd_ps(x, *a, y));
         }
@@ -122,7 +127,7 @@ mod x86 {
         let one = std::hint::black_box(_mm512_set1_epi32(0x3f80_3f80));
         // SAFETY: 512 bits without invalid values.
         let one: __m512bh = unsafe { std::mem::transmute(one) };
-        let mut acc = [_mm512_setzero_ps(); 16];
+        let mut acc = [_mm512_setzero_ps(); SUMS];
         for _ in 0..STEPS {
             acc.iter_mut().for_each(|a| *a = _mm512_dpbf16_ps(*a, one, one));
         }

@@ -26,9 +26,10 @@ pub(crate) struct Args {
     /// `train` (whole steps), `plans` (steps in parallel), `decode` (generation), `kernels`, `comm`
     /// (collectives), or a criterion bench; nothing runs them all.
     name: Option<String>,
-    /// A peer: `python=PATH` of a Python that has torch.
+    /// Peers: `python=PATH` of a Python that has torch; `candle` (of `train` in f32), which is built
+    /// on first use. May be given more than once.
     #[arg(long)]
-    peer: Option<String>,
+    peer: Vec<String>,
     /// Turns each side takes.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -97,6 +98,9 @@ fn train(args: &Args) -> Result<Vec<Value>> {
             }
             let mut ours = Prompt::start(&ours, &[model, &threads, precision, "serve"], &[])?;
             let mut peers = start(args, "xtask/peers/train_torch.py", &peers)?;
+            if precision == "f32" {
+                peers.extend(candle(args, model)?);
+            }
             rows.extend(turns(args, &what, "step", &mut ours, &mut peers, "tokens/s")?);
         }
     }
@@ -181,6 +185,14 @@ fn kernels(args: &Args) -> Result<Vec<Value>> {
     let mut peers = start(args, "xtask/peers/kernels_torch.py", &[peer])?;
     let mut rows = Vec::new();
     for case in CASES.iter().filter(|c| c.contains(&args.only)) {
+        // Of DeepSpeed there is one kernel to compare with, if it is installed.
+        if case.starts_with("adamw")
+            && let Some(python) = python(args)?
+            && output(python, &["-c", "import deepspeed; print('here')"])?.ends_with("here")
+        {
+            let peer = Peer::new("CPUAdam", &["--threads", threads.as_str(), "--deepspeed"], false);
+            peers.extend(start(args, "xtask/peers/kernels_torch.py", &[peer])?);
+        }
         rows.extend(turns(args, case, case, &mut ours, &mut peers, "calls/s")?);
     }
     Ok(rows)
@@ -195,11 +207,29 @@ fn build(package: &str, example: &str) -> Result<String> {
 
 /// The peer's Python, if one was given.
 fn python(args: &Args) -> Result<Option<&str>> {
-    match args.peer.as_deref().map(|p| p.split_once('=')) {
-        None => Ok(None),
-        Some(Some(("python", path))) => Ok(Some(path)),
-        Some(_) => bail!("--peer takes python=<path to a Python that has torch>"),
+    let mut python = None;
+    for peer in &args.peer {
+        match peer.split_once('=') {
+            Some(("python", path)) => python = Some(path),
+            None if peer == "candle" => {}
+            _ => bail!("--peer takes python=<path to a Python that has torch>, or candle"),
+        }
     }
+    Ok(python)
+}
+
+/// candle's training step, if it was asked for: a program of its own, for this machine's instructions.
+fn candle(args: &Args, model: &str) -> Result<Option<(String, Prompt)>> {
+    if !args.peer.iter().any(|p| p == "candle") {
+        return Ok(None);
+    }
+    let manifest = "xtask/peers/train_candle/Cargo.toml";
+    let build = ["build", "--release", "--manifest-path", manifest, "--target-dir", "target/peers"];
+    run(&cargo(), &build, &[("RUSTFLAGS", "-Ctarget-cpu=native")])?;
+    let threads = [("RAYON_NUM_THREADS", args.threads.to_string())];
+    let threads = threads.each_ref().map(|(k, v)| (*k, v.as_str()));
+    let prompt = Prompt::start("target/peers/release/train-candle", &[model], &threads)?;
+    Ok(Some((prompt.name.clone(), prompt)))
 }
 
 /// Starts the peers, if there is a Python to start them with.
