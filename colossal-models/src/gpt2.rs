@@ -142,13 +142,28 @@ impl Layer<Tokens> for Block {
         let k = self.wk.forward(&h)?.split_heads(self.head_dim)?;
         let v = self.wv.forward(&h)?.split_heads(self.head_dim)?;
         let h = tokens.attend(self.index, &q, &k, &v)?.merge_heads()?;
-        let h = self.wo.forward_to(&h, Region::Residual)?;
-        let x = (x + &drop_out(tokens, h, self.dropout, 2 * self.index + 1)?)?;
+        let x = self.residual(tokens, x, &self.wo, &h, 2 * self.index + 1)?;
 
         let h = self.ln_2.forward(&x)?.redistribute(Region::TensorParallel)?;
         let h = self.fc.forward(&h)?.gelu_tanh()?;
-        let h = self.proj.forward_to(&h, Region::Residual)?;
-        Ok((&x + &drop_out(tokens, h, self.dropout, 2 * self.index + 2)?)?.into())
+        Ok(self.residual(tokens, &x, &self.proj, &h, 2 * self.index + 2)?.into())
+    }
+}
+
+impl Block {
+    /// `x + layer(h)`, or what dropout leaves of it.
+    fn residual(
+        &self,
+        tokens: &Tokens,
+        x: &Tensor,
+        layer: &Linear,
+        h: &Tensor,
+        place: usize,
+    ) -> Result<Tensor> {
+        if tokens.training.is_none() || self.dropout == 0.0 {
+            return layer.forward_onto(h, x);
+        }
+        x + &drop_out(tokens, layer.forward_to(h, Region::Residual)?, self.dropout, place)?
     }
 }
 

@@ -152,14 +152,15 @@ impl Attention {
         })
     }
 
-    pub(crate) fn forward(&self, tokens: &Tokens, h: &Tensor) -> Result<Tensor> {
+    /// `residual + attention(h)`.
+    pub(crate) fn forward(&self, tokens: &Tokens, h: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let h = h.redistribute(Region::TensorParallel)?;
         let heads = |y: Tensor| y.split_heads(self.head_dim);
         let q = self.rope.forward(&heads(self.wq.forward(&h)?)?, &tokens.positions)?;
         let k = self.rope.forward(&heads(self.wk.forward(&h)?)?, &tokens.positions)?;
         let v = heads(self.wv.forward(&h)?)?;
         let h = tokens.attend(self.index, &q, &k, &v)?.merge_heads()?;
-        self.wo.forward_to(&h, Region::Residual)
+        self.wo.forward_onto(&h, residual)
     }
 }
 
@@ -192,11 +193,11 @@ impl Block {
 impl Layer<Tokens> for Block {
     fn forward(&self, tokens: &Tokens, flow: &Flow) -> Result<Flow> {
         let x = flow.one()?;
-        let x = (x + &self.attn.forward(tokens, &self.attn_norm.forward(x)?)?)?;
+        let x = self.attn.forward(tokens, &self.attn_norm.forward(x)?, x)?;
 
         let h = self.mlp_norm.forward(&x)?.redistribute(Region::TensorParallel)?;
         let h = self.gate.forward(&h)?.swiglu(&self.up.forward(&h)?)?;
-        Ok((&x + &self.down.forward_to(&h, Region::Residual)?)?.into())
+        Ok(self.down.forward_onto(&h, &x)?.into())
     }
 }
 

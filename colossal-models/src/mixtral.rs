@@ -105,7 +105,7 @@ impl Block {
 impl Layer<Tokens> for Block {
     fn forward(&self, tokens: &Tokens, flow: &Flow) -> Result<Flow> {
         let x = flow.one()?;
-        let x = (x + &self.attn.forward(tokens, &self.attn_norm.forward(x)?)?)?;
+        let x = self.attn.forward(tokens, &self.attn_norm.forward(x)?, x)?;
         let h = self.moe_norm.forward(&x)?;
         let balance = tokens.training.as_ref().map(|t| &t.balance);
         let real = tokens.real.as_ref();

@@ -73,6 +73,13 @@ fn every_op_by_finite_differences() {
     gradients("gelu_tanh", &[&[9]], &|x| x[0].gelu_tanh());
     gradients("swiglu", &[&[5, 3], &[5, 3]], &|x| x[0].swiglu(&x[1]));
     gradients("linear", &[&[2, 3, 5], &[4, 5], &[4]], &|x| x[0].linear(&x[1], Some(&x[2])));
+    gradients("linear onto", &[&[2, 3, 5], &[4, 5], &[4], &[2, 3, 4]], &|x| {
+        let y = x[0].linear_onto(&x[1], Some(&x[2]), &x[3])?.expect("one rank sums at once");
+        let apart = (&x[3] + &x[0].linear(&x[1], Some(&x[2]))?)?;
+        let off = y.to_vec()?.iter().zip(apart.to_vec()?).all(|(a, b)| (a - b).abs() < 1e-5);
+        assert!(off, "the sum on the way out is the sum afterwards");
+        Ok(y)
+    });
     gradients("linear of a computed weight", &[&[3, 5], &[4, 5]], &|x| {
         x[0].linear(&x[1].scale(2.0)?, None)
     });

@@ -1,5 +1,6 @@
 //! What happens to a product on its way out, and where it goes.
 
+use super::Mat;
 use crate::float::Float;
 use crate::isa::simd;
 #[cfg(target_arch = "x86_64")]
@@ -23,8 +24,8 @@ pub enum Activation {
     Relu,
 }
 
-/// What happens to a product on its way out: `c = act(alpha * product + bias)`, or
-/// `c += act(…)` with `accumulate`.
+/// What happens to a product on its way out: `c = silu(gate) * act(alpha * product + bias) + residual`
+/// of what there is of it, or `c += …` with `accumulate`.
 #[derive(Debug, Clone, Copy)]
 pub struct Epilogue<'a, T> {
     /// Factor of the product.
@@ -33,25 +34,56 @@ pub struct Epilogue<'a, T> {
     pub accumulate: bool,
     /// Added to every row; one per column.
     pub bias: Option<&'a [T]>,
-    /// Applied last.
+    /// Applied to the sum.
     pub activation: Activation,
+    /// SwiGLU's other half, as large as c: the result is multiplied by `gate * sigmoid(gate)`.
+    pub gate: Option<Mat<'a, T>>,
+    /// Added last, as large as c.
+    pub residual: Option<Mat<'a, T>>,
 }
 
 impl<T> Default for Epilogue<'_, T> {
     fn default() -> Self {
-        Epilogue { alpha: 1.0, accumulate: false, bias: None, activation: Activation::None }
+        let (bias, gate, residual) = (None, None, None);
+        let activation = Activation::None;
+        Epilogue { alpha: 1.0, accumulate: false, bias, activation, gate, residual }
     }
 }
 
 impl<T> Epilogue<'_, T> {
     pub(super) fn is_plain(&self) -> bool {
-        self.is_sum() && self.bias.is_none()
+        self.is_sum() && self.bias.is_none() && self.residual.is_none()
     }
 
-    /// Nothing but sums: a product may be added to what the bias, or c, was before.
+    /// Nothing but sums: a product may be added to what the bias, the residual or c was before.
     pub(super) fn is_sum(&self) -> bool {
-        self.alpha == 1.0 && self.activation == Activation::None
+        self.alpha == 1.0 && self.activation == Activation::None && self.gate.is_none()
     }
+
+    /// Do all operands fit a result of this size?
+    pub(super) fn check(&self, rows: usize, cols: usize) {
+        if let Some(bias) = self.bias {
+            assert_eq!(bias.len(), cols, "gemm: bias has one element per column");
+        }
+        for (name, x) in [("gate", &self.gate), ("residual", &self.residual)] {
+            let Some(x) = x else { continue };
+            assert!(
+                x.rows == rows && x.cols == cols && (x.col_stride == 1 || cols <= 1),
+                "gemm: {name} [{}, {}] is not [{rows}, {cols}] with contiguous rows",
+                x.rows,
+                x.cols
+            );
+            x.check(name);
+        }
+    }
+}
+
+/// Part of a row of an operand of the epilogue.
+#[inline(always)]
+fn part<'a, T>(x: &Option<Mat<'a, T>>, row: usize, col: usize, len: usize) -> Option<&'a [T]> {
+    let x = x.as_ref()?;
+    let at = row * x.row_stride + col;
+    Some(&x.data[at..at + len])
 }
 
 /// Where results go, and what happens to them on the way.
@@ -62,20 +94,27 @@ pub(super) struct Sink<'a, O, E> {
     pub(super) epilogue: Epilogue<'a, E>,
 }
 
-impl<O: Float, E: Float> Sink<'_, O, E> {
+impl<'a, O: Float, E: Float> Sink<'a, O, E> {
     /// The part of c that starts at row and column.
-    pub(super) fn from(&self, row: usize, col: usize) -> Sink<'_, O, E> {
+    pub(super) fn from(&self, row: usize, col: usize) -> Sink<'a, O, E> {
         let at = row * self.row_stride + col * self.col_stride;
         let bias = self.epilogue.bias.map(|bias| &bias[col..]);
+        let from = |x: Mat<'a, E>| Mat {
+            data: &x.data[row * x.row_stride + col..],
+            rows: x.rows - row,
+            cols: x.cols - col,
+            ..x
+        };
+        let [gate, residual] = [self.epilogue.gate, self.epilogue.residual].map(|x| x.map(from));
         Sink {
             data: self.data.part(at..self.data.len()),
-            epilogue: Epilogue { bias, ..self.epilogue },
+            epilogue: Epilogue { bias, gate, residual, ..self.epilogue },
             ..*self
         }
     }
 
     /// Where a tile of c starts, if the kernel may write it by itself, and whether it adds to what
-    /// is there: the bias, by then, if there is one.
+    /// is there: by then bias and residual, if there are any.
     #[inline(always)]
     pub(super) fn direct(
         &self,
@@ -89,14 +128,24 @@ impl<O: Float, E: Float> Sink<'_, O, E> {
         }
         let at = row * self.row_stride + col;
         let c: *mut f32 = self.data.at(at..at + (rows - 1) * self.row_stride + cols).cast();
-        let Some(bias) = e.bias else { return Some((c, e.accumulate)) };
+        if e.is_plain() {
+            return Some((c, e.accumulate));
+        }
         if e.accumulate || E::NAME != "f32" {
             return None;
         }
-        let bias: &[f32] = bytemuck::cast_slice(&bias[col..col + cols]);
+        let bias: Option<&[f32]> = e.bias.map(|b| bytemuck::cast_slice(&b[col..col + cols]));
         for i in 0..rows {
             // SAFETY: rows of the tile are in bounds and belong to this piece alone.
-            unsafe { c.add(i * self.row_stride).copy_from_nonoverlapping(bias.as_ptr(), cols) };
+            let out = unsafe { std::slice::from_raw_parts_mut(c.add(i * self.row_stride), cols) };
+            let residual = part(&e.residual, row + i, col, cols).map(bytemuck::cast_slice);
+            match (residual, bias) {
+                (Some(x), None) | (None, Some(x)) => out.copy_from_slice(x),
+                (Some(x), Some(y)) => {
+                    out.iter_mut().zip(x).zip(y).for_each(|((o, x), y)| *o = x + y);
+                }
+                (None, None) => {}
+            }
         }
         Some((c, true))
     }
@@ -119,7 +168,10 @@ impl<O: Float, E: Float> Sink<'_, O, E> {
         let at = row * self.row_stride + col;
         let out = self.data.at(at..at + (rows - 1) * self.row_stride + cols);
         // SAFETY: rows of the tile are in bounds and belong to this piece alone.
-        unsafe { store_rows(&self.epilogue, col, [rows, cols], tile, stride, out, self.row_stride) }
+        unsafe {
+            let size = [rows, cols];
+            store_rows(&self.epilogue, [row, col], size, tile, stride, out, self.row_stride);
+        }
     }
 
     /// Writes part of a row, starting at column `col`.
@@ -130,38 +182,50 @@ impl<O: Float, E: Float> Sink<'_, O, E> {
         if self.col_stride == 1 {
             // SAFETY: every element of c is stored by exactly one piece.
             let out = unsafe { self.data.range(at..at + values.len()) };
-            return store(e, col, values, out);
+            return store(e, row, col, values, out);
         }
         for (j, v) in values.iter().enumerate() {
             let at = at + j * self.col_stride;
             // SAFETY: every element of c is stored by exactly one piece.
             let out = unsafe { self.data.range(at..at + 1) };
-            let y = finish(e, *v, col + j);
-            out[0] = O::from_f32(if e.accumulate { out[0].to_f32() + y } else { y });
+            store_body(e, row, col + j, std::slice::from_ref(v), out);
         }
     }
 }
 
 simd! {
     /// A contiguous part of a row, from column `col`.
-    fn store<O: Float, E: Float>(e: &Epilogue<'_, E>, col: usize, values: &[f32], out: &mut [O]) {
-        store_body(e, col, values, out);
+    fn store<O: Float, E: Float>(e: &Epilogue<'_, E>, row: usize, col: usize, values: &[f32], out: &mut [O]) {
+        store_body(e, row, col, values, out);
     }
 }
 
 #[inline(always)]
-fn store_body<O: Float, E: Float>(e: &Epilogue<'_, E>, col: usize, values: &[f32], out: &mut [O]) {
+fn store_body<O: Float, E: Float>(
+    e: &Epilogue<'_, E>,
+    row: usize,
+    col: usize,
+    values: &[f32],
+    out: &mut [O],
+) {
     if e.is_plain() {
-        if e.accumulate {
-            out.iter_mut().zip(values).for_each(|(o, v)| *o = O::from_f32(o.to_f32() + v));
-        } else {
-            out.iter_mut().zip(values).for_each(|(o, v)| *o = O::from_f32(*v));
-        }
-        return;
+        return write(e.accumulate, values, out);
     }
-    for (j, (o, v)) in out.iter_mut().zip(values).enumerate() {
-        let y = finish(e, *v, col + j);
-        *o = O::from_f32(if e.accumulate { o.to_f32() + y } else { y });
+    const ROOM: usize = 64;
+    let mut room = [0.0f32; ROOM];
+    for (i, (values, out)) in values.chunks(ROOM).zip(out.chunks_mut(ROOM)).enumerate() {
+        let y = &mut room[..values.len()];
+        finish(e, row, col + i * ROOM, values, y);
+        write(e.accumulate, y, out);
+    }
+}
+
+#[inline(always)]
+fn write<O: Float>(accumulate: bool, values: &[f32], out: &mut [O]) {
+    if accumulate {
+        out.iter_mut().zip(values).for_each(|(o, v)| *o = O::from_f32(o.to_f32() + v));
+    } else {
+        out.iter_mut().zip(values).for_each(|(o, v)| *o = O::from_f32(*v));
     }
 }
 
@@ -172,7 +236,7 @@ fn store_body<O: Float, E: Float>(e: &Epilogue<'_, E>, col: usize, values: &[f32
 #[inline(always)]
 unsafe fn store_rows<O: Float, E: Float>(
     e: &Epilogue<'_, E>,
-    col: usize,
+    [row, col]: [usize; 2],
     size: [usize; 2],
     tile: &[f32],
     stride: usize,
@@ -182,69 +246,81 @@ unsafe fn store_rows<O: Float, E: Float>(
     #[cfg(target_arch = "x86_64")]
     if O::NAME == "bf16"
         && isa() == Isa::Avx512Bf16
-        && (Epilogue { bias: None, ..*e }).is_plain()
+        && e.is_sum()
         && !e.accumulate
-        && (e.bias.is_none() || E::NAME == "bf16")
+        && E::NAME == "bf16"
     {
         assert!(tile.len() >= (size[0] - 1) * stride + size[1]);
         let bias = e.bias.map(|b| bytemuck::cast_slice(&b[col..col + size[1]]));
-        // SAFETY: isa() has found these instructions; the rest by contract and the assertion.
-        return unsafe { store_bf16(size, tile.as_ptr(), stride, bias, out.cast(), row_stride) };
+        for (i, tile) in tile.chunks(stride).enumerate().take(size[0]) {
+            let residual = part(&e.residual, row + i, col, size[1]).map(bytemuck::cast_slice);
+            // SAFETY: isa() has found these instructions; the row by contract and the assertion.
+            unsafe { store_bf16(&tile[..size[1]], bias, residual, out.add(i * row_stride).cast()) };
+        }
+        return;
     }
     struct Rows<O>(*mut O);
-    simd! { fn all<O: Float, E: Float>(e: &Epilogue<'_, E>, col: usize, size: [usize; 2], tile: &[f32], stride: usize, out: Rows<O>, row_stride: usize) {
+    simd! { fn all<O: Float, E: Float>(e: &Epilogue<'_, E>, at: [usize; 2], size: [usize; 2], tile: &[f32], stride: usize, out: Rows<O>, row_stride: usize) {
         for i in 0..size[0] {
             // SAFETY: by the contract of the function around.
-            let row = unsafe { std::slice::from_raw_parts_mut(out.0.add(i * row_stride), size[1]) };
-            store_body(e, col, &tile[i * stride..i * stride + size[1]], row);
+            let out = unsafe { std::slice::from_raw_parts_mut(out.0.add(i * row_stride), size[1]) };
+            store_body(e, at[0] + i, at[1], &tile[i * stride..i * stride + size[1]], out);
         }
     } }
-    all(e, col, size, tile, stride, Rows(out), row_stride);
+    all(e, [row, col], size, tile, stride, Rows(out), row_stride);
 }
 
-/// Rounds rows of a tile, plus a bias, to bf16.
+/// Rounds a row of a tile, plus bias and residual, to bf16.
 ///
 /// # Safety
-/// AVX-512 BF16; `tile` has `rows` rows of `cols` floats, `stride` apart, `out` as many elements;
-/// `bias` has `cols`.
+/// AVX-512 BF16; `out` leads to as many elements; bias and residual have as many.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn store_bf16(
-    [rows, cols]: [usize; 2],
-    tile: *const f32,
-    stride: usize,
-    bias: Option<&[u16]>,
-    out: *mut i16,
-    row_stride: usize,
-) {
+unsafe fn store_bf16(row: &[f32], bias: Option<&[u16]>, residual: Option<&[u16]>, out: *mut i16) {
     use std::arch::x86_64::*;
-    for j in (0..cols).step_by(16) {
-        let mask = (u32::MAX >> (32 - (cols - j).min(16))) as u16;
-        let bias = bias.map_or(_mm512_setzero_ps(), |bias| {
-            // SAFETY: masked to the row, which is in bounds by contract.
-            let bits = unsafe { _mm256_maskz_loadu_epi16(mask, bias.as_ptr().add(j).cast()) };
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
-        });
-        for i in 0..rows {
-            // SAFETY: as above.
-            unsafe {
-                let x = _mm512_maskz_loadu_ps(mask, tile.add(i * stride + j));
-                let x = _mm512_add_ps(x, bias);
-                let y: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(x));
-                _mm256_mask_storeu_epi16(out.add(i * row_stride + j), mask, y);
+    for j in (0..row.len()).step_by(16) {
+        let mask = (u32::MAX >> (32 - (row.len() - j).min(16))) as u16;
+        // SAFETY: masked to the row, as which the others are as long by contract.
+        unsafe {
+            let mut x = _mm512_maskz_loadu_ps(mask, row.as_ptr().add(j));
+            for more in [bias, residual].into_iter().flatten() {
+                let bits = _mm256_maskz_loadu_epi16(mask, more.as_ptr().add(j).cast());
+                let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits));
+                x = _mm512_add_ps(x, _mm512_castsi512_ps(wide));
             }
+            let y: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(x));
+            _mm256_mask_storeu_epi16(out.add(j), mask, y);
         }
     }
 }
 
 #[inline(always)]
-fn finish<E: Float>(e: &Epilogue<'_, E>, v: f32, col: usize) -> f32 {
-    let x = e.alpha * v + e.bias.map_or(0.0, |b| b[col].to_f32());
+fn each(y: &mut [f32], f: impl Fn(f32) -> f32) {
+    y.iter_mut().for_each(|y| *y = f(*y));
+}
+
+/// `y` is what becomes of part of a row of the product; one pass for each thing that there is.
+#[inline(always)]
+fn finish<E: Float>(e: &Epilogue<'_, E>, row: usize, col: usize, x: &[f32], y: &mut [f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = e.alpha * x;
+    }
+    if let Some(bias) = e.bias {
+        y.iter_mut().zip(&bias[col..]).for_each(|(y, b)| *y += b.to_f32());
+    }
     match e.activation {
-        Activation::None => x,
-        Activation::Relu => x.max(0.0),
-        Activation::Silu => x * sigmoid(x),
-        Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
-        Activation::GeluTanh => 0.5 * x * (1.0 + tanh(0.797_884_6 * (x + 0.044_715 * x * x * x))),
+        Activation::None => {}
+        Activation::Relu => each(y, |x| x.max(0.0)),
+        Activation::Silu => each(y, |x| x * sigmoid(x)),
+        Activation::Gelu => each(y, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))),
+        Activation::GeluTanh => {
+            each(y, |x| 0.5 * x * (1.0 + tanh(0.797_884_6 * (x + 0.044_715 * x * x * x))));
+        }
+    }
+    if let Some(gate) = part(&e.gate, row, col, x.len()) {
+        y.iter_mut().zip(gate).for_each(|(y, g)| *y *= g.to_f32() * sigmoid(g.to_f32()));
+    }
+    if let Some(residual) = part(&e.residual, row, col, x.len()) {
+        y.iter_mut().zip(residual).for_each(|(y, r)| *y += r.to_f32());
     }
 }

@@ -60,7 +60,10 @@ pub fn gemm_grouped<T: Float, O: Float>(
         b.check("b");
     }
     assert!(end <= c.len(), "gemm_grouped: results end at {end} of {}", c.len());
-    assert!(e.bias.is_none(), "gemm_grouped: products have no bias");
+    assert!(
+        e.bias.is_none() && e.gate.is_none() && e.residual.is_none(),
+        "gemm_grouped: products have no bias, gate or residual"
+    );
     let work = |p: &Product<'_, T>| p.a.rows * p.b.cols * p.a.cols;
     let rows = products.iter().map(|p| p.a.rows).sum();
     let depth = products.iter().map(|p| p.a.cols).sum::<usize>();

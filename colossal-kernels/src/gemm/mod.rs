@@ -1,4 +1,5 @@
-//! Matrix product `c = act(alpha * a b + bias)` (or `c += …`) for any strides.
+//! Matrix product `c = silu(gate) * act(alpha * a b + bias) + residual` of what there is of it (or
+//! `c += …`), for any strides.
 //!
 //! The shape of it (Goto & van de Geijn, 2008): both operands are packed into panels that the
 //! micro-kernel reads in order, `MR` rows of `a` against `NR` columns of `b`: see `packed`. The tile is
@@ -108,7 +109,7 @@ pub(crate) fn with_workspace<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> 
 /// Steps of depth of one pass; longer products are added up in f32.
 const DEPTH: usize = 1024;
 
-/// `c = act(alpha * a b + bias)`; see the module's head and [`Epilogue`].
+/// The product of `a` and `b` into `c`; see the module's head and [`Epilogue`].
 ///
 /// ```
 /// use colossal_kernels::{Epilogue, Mat, MatMut, gemm};
@@ -160,9 +161,7 @@ pub fn gemm<T: Float, O: Float>(
         (c.rows <= 1 || c.row_stride > 0) && (c.cols <= 1 || c.col_stride > 0),
         "gemm: elements of c overlap: stride 0"
     );
-    if let Some(bias) = e.bias {
-        assert_eq!(bias.len(), c.cols, "gemm: bias has one element per column");
-    }
+    e.check(c.rows, c.cols);
     if c.rows == 0 || c.cols == 0 {
         return;
     }
@@ -182,10 +181,12 @@ pub fn gemm<T: Float, O: Float>(
         return one_pass(a, b, &sink);
     }
     if O::NAME == "f32" && e.is_sum() {
-        // Deep products whose result is f32 anyway add up in place, after the bias.
+        // Deep products whose result is f32 anyway add up in place, after bias and residual.
         for (i, [part_a, part_b]) in slabs(a, b, depth).enumerate() {
-            let bias = if i == 0 { e.bias } else { None };
-            let epilogue = Epilogue { accumulate: e.accumulate || i > 0, bias, ..*e };
+            let epilogue = match i {
+                0 => *e,
+                _ => Epilogue { accumulate: true, ..Epilogue::default() },
+            };
             pass(part_a, part_b, &Sink { data: Parts::new(&mut *c.data), epilogue, ..sink });
         }
         return;

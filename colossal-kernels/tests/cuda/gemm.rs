@@ -74,7 +74,13 @@ fn compare<T: Float, O: Float>(
         a.cpu(),
         b.cpu(),
         cpu::MatMut { data: &mut want, rows: m, cols: n, row_stride, col_stride },
-        &cpu::Epilogue { alpha, accumulate, bias: bias.as_deref(), activation },
+        &cpu::Epilogue {
+            alpha,
+            accumulate,
+            bias: bias.as_deref(),
+            activation,
+            ..Default::default()
+        },
     );
     let data = c.on.all_mut();
     cuda::gemm(

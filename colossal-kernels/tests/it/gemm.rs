@@ -31,6 +31,10 @@ fn products<T: Float, O: Float>(place: &str) {
         let (a, b): (Vec<T>, Vec<T>) =
             (noise(m * k, seed as u64 + 1), noise(k * n, seed as u64 + 50));
         let (bias, before): (Vec<T>, Vec<O>) = (noise(n, 7), noise(m * n, 8));
+        let biases = wide(&bias);
+        let (gate, rest): (Vec<T>, Vec<T>) = (noise(m * n, 9), noise(m * (n + 3), 10));
+        let residual = Mat::new(&rest, m, n);
+        let silu = |x: f32| f64::from(x) / (1.0 + (-f64::from(x)).exp());
         let product = reference::gemm(m, n, k, &wide(&a), &wide(&b));
         let (at, bt) = (transposed(&a, m, k), transposed(&b, k, n));
         for layout in if m < 300 { 0..4 } else { 1..3 } {
@@ -53,18 +57,29 @@ fn products<T: Float, O: Float>(place: &str) {
             let mut c = before.clone();
             gemm(a, b, MatMut::new(&mut c, m, n), &Epilogue::default());
             close(&name, &c, &product, tolerance);
-            let e = Epilogue { alpha: 0.5, accumulate: true, bias: Some(&bias), activation: kind };
-            let mut c = before.clone();
-            gemm(a, b, MatMut::new(&mut c, m, n), &e);
-            let want: Vec<f64> = product
-                .iter()
-                .enumerate()
-                .map(|(i, x)| {
-                    let x = 0.5 * x + f64::from(bias[i % n].to_f32());
-                    f64::from(before[i].to_f32()) + activation(kind, x)
-                })
-                .collect();
-            close(&name, &c, &want, 2.0 * tolerance);
+            // Sums alone go another way than sums before an activation.
+            let sums = (1.0, false, Activation::None, false);
+            for (alpha, accumulate, kind, gated) in [(0.5, true, kind, seed % 2 == 0), sums] {
+                let e = Epilogue {
+                    alpha,
+                    accumulate,
+                    bias: (accumulate || layout > 0).then_some(&bias),
+                    activation: kind,
+                    gate: gated.then_some(Mat::new(&gate, m, n)),
+                    residual: (layout != 1).then_some(Mat { row_stride: n + 3, ..residual }),
+                };
+                let mut c = before.clone();
+                gemm(a, b, MatMut::new(&mut c, m, n), &e);
+                let want = |(i, x): (usize, &f64)| {
+                    let x = f64::from(alpha) * x + e.bias.map_or(0.0, |_| biases[i % n]);
+                    let x = activation(kind, x) * if gated { silu(gate[i].to_f32()) } else { 1.0 };
+                    let before = if accumulate { f64::from(before[i].to_f32()) } else { 0.0 };
+                    let at = i / n * (n + 3) + i % n;
+                    before + x + e.residual.map_or(0.0, |r| f64::from(r.data[at].to_f32()))
+                };
+                let want: Vec<f64> = product.iter().enumerate().map(want).collect();
+                close(&name, &c, &want, 3.0 * tolerance);
+            }
         }
     }
 }

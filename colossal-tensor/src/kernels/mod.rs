@@ -12,7 +12,9 @@ use colossal_kernels::{AttentionShape, Float, cuda};
 use operand::{Lend, Operand, on_cuda, on_host, stream_of};
 
 pub use optimizer::{SquareSums, adafactor, adamw, adamw_masters, came, lamb, lars, lion};
-pub use product::{Fp8Mat, Mat, Part, gemm, gemm_fp8, gemm_grouped, gemm_int8, quantize_fp8};
+pub use product::{
+    Fp8Mat, Mat, Part, gemm, gemm_fp8, gemm_grouped, gemm_int8, gemm_onto, quantize_fp8,
+};
 
 use crate::error::Result;
 use crate::view::{View, ViewMut};

@@ -67,6 +67,35 @@ pub fn gemm<T: Float, O: Float>(
     Ok(())
 }
 
+/// As [`gemm`], onto `residual`: `c = residual + a b + bias`. Both are dense.
+pub fn gemm_onto<T: Float>(
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    mut c: ViewMut<'_, T>,
+    bias: Option<View<'_, T>>,
+    residual: View<'_, T>,
+) -> Result<()> {
+    if stream_of!(residual).is_some() {
+        gemm(a, b, c.reborrow(), bias, false)?;
+        return super::add_assign(residual, c);
+    }
+    let (x, y) = (a.data, b.data);
+    let (rows, cols) = (a.rows, b.cols);
+    on_host!((x, y, c, bias, residual) => {
+        let [a, b] = [(a, x), (b, y)].map(|(m, data)| colossal_kernels::Mat {
+            data,
+            rows: m.rows,
+            cols: m.cols,
+            row_stride: m.row_stride,
+            col_stride: m.col_stride,
+        });
+        let residual = Some(colossal_kernels::Mat::new(residual, rows, cols));
+        let e = colossal_kernels::Epilogue { bias, residual, ..Default::default() };
+        colossal_kernels::gemm(a, b, colossal_kernels::MatMut::new(c, rows, cols), &e);
+    });
+    Ok(())
+}
+
 /// A matrix within an operand of [`gemm_grouped`]: where it begins, and how it lies.
 #[derive(Debug, Clone, Copy)]
 pub struct Part {

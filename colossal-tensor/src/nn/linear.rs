@@ -61,6 +61,15 @@ impl Linear {
         }
     }
 
+    /// `residual + forward(x)`, in the residual region.
+    pub fn forward_onto(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let bias = self.bias.as_ref().map(|b| b.tensor());
+        match x.linear_onto(&self.weight.tensor(), bias.as_ref(), residual)? {
+            Some(y) => Ok(y),
+            None => residual + &self.forward_to(x, Region::Residual)?,
+        }
+    }
+
     /// As [`Linear::forward`] with the result taken to `region`. When the input dim is sharded
     /// the product is a pending sum: the bias is added once, after the sum.
     pub fn forward_to(&self, x: &Tensor, region: Region) -> Result<Tensor> {

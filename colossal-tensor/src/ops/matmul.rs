@@ -18,6 +18,41 @@ impl Tensor {
     ///
     /// The gradient of the weight is a product of its own that can be deferred.
     pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        self.linear_with(weight, bias, None)
+    }
+
+    /// `residual + x wᵀ + bias`: the sum is taken on the way out of the product, if its layout is that
+    /// of the residual and no other kind of product is asked for. Otherwise none.
+    pub fn linear_onto(
+        &self,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        residual: &Tensor,
+    ) -> Result<Option<Tensor>> {
+        let last = self.shape().len().saturating_sub(1);
+        let plain = weight.param().is_none_or(|p| p.int8().is_none() && p.fp8().is_none())
+            && !self.goes_elsewhere(weight)
+            && self.dtype() == residual.dtype()
+            && self.shape().split_last().map(|s| s.1) == residual.shape().split_last().map(|s| s.1)
+            && residual.shape().last() == weight.shape().first();
+        if !plain || self.scope().is_fake() {
+            return Ok(None);
+        }
+        let layout = propagate("linear", &[self, weight], propagate::linear(last));
+        match layout {
+            Ok(layout) if layout == residual.layout() => {
+                self.linear_with(weight, bias, Some(residual)).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn linear_with(
+        &self,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let (k, &[n, wk]) = (self.last_dim(), weight.shape()) else {
             return Err(Error::shape(
                 "linear",
@@ -66,13 +101,15 @@ impl Tensor {
                     let (x, w, b) = (x.view::<T>(), w.view::<T>(), b.as_ref().map(|b| b.view()));
                     return fp8.output([m, n, k], x, w, b, y.view_mut::<T>());
                 }
-                kernels::gemm(
-                    Mat::new(x.view::<T>(), m, k),
-                    Mat::new(w.view::<T>(), n, k).t(),
-                    y.view_mut::<T>(),
-                    b.as_ref().map(|b| b.view()),
-                    false,
-                )
+                let b = b.as_ref().map(|b| b.view());
+                let (x, w) = (Mat::new(x.view::<T>(), m, k), Mat::new(w.view::<T>(), n, k).t());
+                match residual {
+                    Some(residual) => {
+                        let residual = residual.lend::<T>()?;
+                        kernels::gemm_onto(x, w, y.view_mut(), b, residual.view())
+                    }
+                    None => kernels::gemm(x, w, y.view_mut::<T>(), b, false),
+                }
             })
         })?;
         let (x, w) = (self.save(), weight.detach());
@@ -81,7 +118,12 @@ impl Tensor {
         let (like_w, like_b) = (Weight::like(weight), bias.map(Weight::like));
         let mut inputs = vec![self, weight];
         inputs.extend(bias);
+        let onto = residual.map(|_| inputs.len());
+        inputs.extend(residual);
         Ok(record("linear", y, &inputs, move |dy, back| {
+            if let Some(onto) = onto {
+                back.give(onto, dy.clone())?;
+            }
             if back.wants(0) {
                 let dx = produce(&scope, &x_shape, dy.dtype(), x_layout.dual(), |dx| {
                     float!("linear", dy.dtype(), T => {
@@ -133,6 +175,13 @@ impl Tensor {
             }
             Ok(())
         }))
+    }
+
+    fn goes_elsewhere(&self, weight: &Tensor) -> bool {
+        let overlaps = |axis| crate::overlap::Kind::of(self, weight, axis).is_some();
+        crate::summa::grid(weight).is_some()
+            || crate::cube::cube(weight).is_some()
+            || self.scope().wide_axes().any(overlaps)
     }
 
     /// The products that communicate: those whose layouts no rank can multiply alone.
