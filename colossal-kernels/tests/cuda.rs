@@ -19,6 +19,8 @@ mod faults;
 mod fp8;
 #[path = "cuda/gemm.rs"]
 mod gemm;
+#[path = "cuda/graph.rs"]
+mod graph;
 #[path = "cuda/int8.rs"]
 mod int8;
 #[path = "cuda/optimizer.rs"]

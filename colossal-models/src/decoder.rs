@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use colossal_tensor::moe::Balance;
 use colossal_tensor::random::Stream;
 use colossal_tensor::{
-    AttentionMask, Dtype, Error, IGNORE, KvCache, Layer, Model, Params, Region, Result, Scope,
-    Stack, Tensor,
+    Added, AttentionMask, Dtype, Error, IGNORE, KvCache, Layer, Model, Params, Region, Result,
+    Scope, Stack, Tensor,
 };
 use serde::{Deserialize, Serialize};
 
@@ -19,12 +19,12 @@ use crate::mixtral::{Mixtral, MixtralConfig};
 pub struct Tokens {
     /// Token ids, `[batch, seq]` of `i32`.
     pub ids: Tensor,
-    /// The position of every token, `batch * seq` of them.
-    pub positions: Arc<Vec<i32>>,
+    /// The position of every token, laid out as `ids`.
+    pub positions: Tensor,
     /// Which keys a query sees.
     pub mask: AttentionMask,
-    /// Generation: keys and values of earlier tokens, and how many of the new ones are real.
-    pub cache: Option<(Mutex<KvCache>, Vec<i32>)>,
+    /// Generation: keys and values of earlier tokens, and which of the new ones are real.
+    pub cache: Option<(Arc<Mutex<KvCache>>, Added)>,
     /// The head reads only this position of each sequence.
     pub head_at: Option<Vec<usize>>,
     /// 1 for real tokens and 0 for padding, laid out as `ids`; all are real if `None`.
@@ -50,9 +50,10 @@ impl Tokens {
     pub fn new(scope: &Scope, ids: &[i32], seq: usize) -> Result<Tokens> {
         let batch = ids.len().checked_div(seq).unwrap_or(0);
         let own: Vec<i32> = scope.tokens(seq)?.into_iter().map(|t| t as i32).collect();
+        let ids = scope.sequences(ids, batch, seq)?;
         Ok(Tokens {
-            ids: scope.sequences(ids, batch, seq)?,
-            positions: Arc::new(own.repeat(batch)),
+            positions: ids.same_place(&own.repeat(batch))?,
+            ids,
             mask: AttentionMask::causal(),
             cache: None,
             head_at: None,

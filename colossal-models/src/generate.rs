@@ -4,13 +4,12 @@
 //! batch do not change a result. Order: temperature, top-k, top-p, draw (or argmax, the lowest id
 //! on ties).
 
-use std::sync::{Arc, Mutex};
-
 use colossal_kernels as kernels;
 use colossal_tensor::random::Stream;
-use colossal_tensor::{AttentionMask, Error, KvCache, Region, Result, no_grad};
+use colossal_tensor::{Error, Result, no_grad};
 
-use crate::decoder::{CausalLm, Tokens};
+use crate::decode::Decoding;
+use crate::decoder::CausalLm;
 
 /// How tokens are chosen and when to stop.
 #[derive(Debug, Clone, PartialEq)]
@@ -81,14 +80,14 @@ pub fn generate(
         return Ok(done);
     }
     no_grad(|| {
-        let mut cache = KvCache::new(model.config.blocks(), prompts.len(), longest + new);
+        let mut decoding = Decoding::new(model, prompts.len(), longest + new);
         // Which prompt each row of the batch is.
         let mut rows: Vec<usize> = (0..prompts.len()).collect();
         let mut step: Vec<Vec<i32>> = prompts.to_vec();
         let entries = model.config.vocab_size();
+        let ended = |c: &Completion| c.stopped || c.ids.len() == new;
         loop {
-            let (mut logits, back) = forward(model, &step, cache)?;
-            cache = back;
+            let mut logits = decoding.forward(&step)?;
             let vocab = logits.len() / rows.len();
             // A plan may have filled up the vocabulary.
             logits.chunks_mut(vocab).for_each(|row| row[entries..].fill(f32::NEG_INFINITY));
@@ -97,6 +96,9 @@ pub fn generate(
             let mut going = Vec::new();
             for (i, (row, logits)) in rows.iter().zip(logits.chunks(vocab)).enumerate() {
                 let completion = &mut done[*row];
+                if ended(completion) {
+                    continue;
+                }
                 let position = completion.ids.len() as u64;
                 let draw = Stream::new(sampling.seed, *row as u64).uniform(position);
                 let (token, logprob) = choose(&logits[..entries], stats[i], sampling, draw);
@@ -104,7 +106,7 @@ pub fn generate(
                 completion.logprobs.push(logprob);
                 on_token(*row, token);
                 completion.stopped = sampling.stop.contains(&token);
-                if !completion.stopped && completion.ids.len() < new {
+                if !ended(completion) {
                     going.push(i);
                     next.push(vec![token]);
                 }
@@ -112,48 +114,20 @@ pub fn generate(
             if going.is_empty() {
                 return Ok::<(), Error>(());
             }
+            if decoding.holds_ended() && 2 * going.len() > rows.len() {
+                // What those that have ended are fed is of no interest.
+                step = vec![vec![0]; rows.len()];
+                going.iter().zip(next).for_each(|(i, token)| step[*i] = token);
+                continue;
+            }
             if going.len() < rows.len() {
-                cache.keep(&going)?;
+                decoding.keep(&going)?;
                 rows = going.iter().map(|i| rows[*i]).collect();
             }
             step = next;
         }
     })?;
     Ok(done)
-}
-
-/// Feeds new tokens to every row; the logits of each row's last one.
-fn forward(model: &CausalLm, new: &[Vec<i32>], cache: KvCache) -> Result<(Vec<f32>, KvCache)> {
-    let longest = new.iter().map(Vec::len).max().unwrap_or(0);
-    let added: Vec<i32> = new.iter().map(|n| n.len() as i32).collect();
-    let mut ids = vec![0; new.len() * longest];
-    let mut positions = vec![0; ids.len()];
-    for (b, tokens) in new.iter().enumerate() {
-        ids[b * longest..b * longest + tokens.len()].copy_from_slice(tokens);
-        for i in 0..tokens.len() {
-            positions[b * longest + i] = cache.lengths()[b] + i as i32;
-        }
-    }
-    let scope = model.scope();
-    let tokens = Arc::new(Tokens {
-        ids: scope.batch(&ids, &[new.len(), longest])?,
-        positions: Arc::new(positions),
-        mask: AttentionMask::causal(),
-        cache: Some((Mutex::new(cache), added.clone())),
-        head_at: Some(new.iter().map(|n| n.len() - 1).collect()),
-        real: None,
-        training: None,
-    });
-    let logits = model.stack.forward(&tokens)?.redistribute(Region::Whole)?.to_vec()?;
-    let tokens = Arc::try_unwrap(tokens).map_err(|_| {
-        Error::Other("generate: a layer kept its input beyond the forward pass".into())
-    })?;
-    let (cache, _) =
-        tokens.cache.ok_or_else(|| Error::Other("generate: the cache is gone".into()))?;
-    let mut cache =
-        cache.into_inner().map_err(|_| Error::Other("generate: a layer panicked".into()))?;
-    cache.advance(&added);
-    Ok((logits, cache))
 }
 
 /// Divides rows of logits by the temperature (0 counts as 1); the largest of each row, and the

@@ -89,9 +89,8 @@ struct Entry {
 
 impl Layer<Tokens> for Entry {
     fn forward(&self, tokens: &Tokens, _: &Flow) -> Result<Flow> {
-        let positions = tokens.ids.same_place(&tokens.positions)?;
         let words = self.wte.forward(&tokens.ids)?.redistribute(Region::Residual)?;
-        let places = self.wpe.forward(&positions)?.redistribute(Region::Residual)?;
+        let places = self.wpe.forward(&tokens.positions)?.redistribute(Region::Residual)?;
         drop_out(tokens, (&words + &places)?, self.dropout, 0).map(Flow::from)
     }
 }

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod decode;
 pub mod decoder;
 pub mod generate;
 pub mod gguf;

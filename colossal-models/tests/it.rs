@@ -6,6 +6,8 @@ mod checkpoints;
 mod gguf;
 #[path = "it/goldens.rs"]
 mod goldens;
+#[path = "it/graphs.rs"]
+mod graphs;
 #[path = "it/int8.rs"]
 mod int8;
 #[path = "it/memory.rs"]

@@ -6,16 +6,18 @@
 //! when it first comes from the system, so a recycled buffer holds old values but never undefined
 //! ones.
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use colossal_kernels::cuda::{self, Stream};
+use colossal_kernels::cuda::{self, SliceMut, Stream};
 use colossal_kernels::memory::{Arena, Block};
 
 use crate::device::Device;
 use crate::error::Result;
+use crate::kept::{Held, Kept};
 use crate::view::{View, ViewMut};
 
 /// Every buffer starts on a cache line.
@@ -34,7 +36,8 @@ pub struct Buffer {
 enum Memory {
     Cpu(Block),
     /// Used in the order of the stream, so that what is freed can be used again at once.
-    Cuda(cuda::Block, Stream),
+    /// A graph that has its address shares it.
+    Cuda(Arc<cuda::Block>, Stream),
 }
 
 impl Buffer {
@@ -69,6 +72,9 @@ impl Buffer {
             Some(memory) => memory,
             None => {
                 let made = cuda::Block::new(stream.device(), capacity).or_else(|error| {
+                    if error.is_capture() {
+                        return Err(error);
+                    }
                     release_of(place);
                     release_orphans();
                     match error {
@@ -80,7 +86,7 @@ impl Buffer {
                 });
                 // What was counted as taken was not.
                 let made = made.inspect_err(|_| forget(place, capacity))?;
-                Memory::Cuda(made, stream.clone())
+                Memory::Cuda(Arc::new(made), stream.clone())
             }
         };
         Ok(Buffer { memory: Some(memory), bytes })
@@ -140,6 +146,7 @@ impl Buffer {
     pub fn view<T: Pod>(&self) -> View<'_, T> {
         match &self.memory {
             Some(Memory::Cuda(block, stream)) => {
+                seen(stream, block);
                 View::Cuda(stream, block.slice::<u8>(0..self.bytes)).cast()
             }
             _ => View::Cpu(self.as_slice()),
@@ -150,7 +157,12 @@ impl Buffer {
     pub fn view_mut<T: Pod>(&mut self) -> ViewMut<'_, T> {
         match &mut self.memory {
             Some(Memory::Cuda(block, stream)) => {
-                ViewMut::Cuda(stream, block.slice_mut::<u8>(0..self.bytes)).cast()
+                seen(stream, block);
+                let there = block.slice::<u8>(0..self.bytes);
+                // SAFETY: the buffer is borrowed by nobody else, and what graphs that share the block
+                // do to it is done in the order of the stream.
+                let there = unsafe { SliceMut::<u8>::from_raw(there.address(), there.len()) };
+                ViewMut::Cuda(stream, there).cast()
             }
             Some(Memory::Cpu(block)) => {
                 ViewMut::Cpu(bytemuck::cast_slice_mut(block.bytes_mut(self.bytes)))
@@ -291,6 +303,37 @@ fn release_of(place: usize) {
     drop(freed);
 }
 
+/// Does `work`, and gives what a graph of it must keep: buffers of `stream` that were dropped meanwhile
+/// (they serve the work again, and nobody else), and the blocks of all whose address was asked for.
+pub(crate) fn keep_of<R>(stream: &Stream, work: impl FnOnce() -> R) -> (R, Option<Held<Buffer>>) {
+    struct Keeping;
+    impl Keeping {
+        fn end() -> Option<Held<Buffer>> {
+            let kept = CACHE.try_with(|c| c.borrow_mut().kept.take()).ok().flatten();
+            let buffer = |memory| Buffer { memory: Some(memory), bytes: 0 };
+            kept.map(|kept| kept.into_held(buffer))
+        }
+    }
+    impl Drop for Keeping {
+        fn drop(&mut self) {
+            Keeping::end();
+        }
+    }
+    let _ends = Keeping;
+    CACHE.with(|c| c.borrow_mut().kept = Some(Kept::new(place_of(stream))));
+    let done = work();
+    (done, Keeping::end())
+}
+
+/// If a graph is being recorded on `stream`, it keeps `what`.
+pub(crate) fn seen<T: Any + Send + Sync>(stream: &Stream, what: &Arc<T>) {
+    let _ = CACHE.try_with(|c| {
+        if let Some(kept) = c.borrow_mut().kept_at(place_of(stream)) {
+            kept.see(what);
+        }
+    });
+}
+
 /// Gives back what this thread keeps for streams that nobody else has any more.
 pub(crate) fn release_orphans() {
     // Freed after the cache is no longer borrowed, as above.
@@ -325,6 +368,8 @@ fn place_of(stream: &Stream) -> usize {
 #[derive(Default)]
 struct Cache {
     pools: HashMap<usize, Pool>,
+    /// While a graph is recorded; still counted as in use.
+    kept: Option<Kept<Memory>>,
     /// Of the host, made when it is first needed; none inside if the system has refused.
     arena: Option<Option<Arc<Arena>>>,
 }
@@ -372,7 +417,14 @@ impl Cache {
         Some(Memory::Cpu(block))
     }
 
+    fn kept_at(&mut self, place: usize) -> Option<&mut Kept<Memory>> {
+        self.kept.as_mut().and_then(|kept| kept.at(place))
+    }
+
     fn take(&mut self, place: usize, capacity: usize) -> Option<Memory> {
+        if let Some(memory) = self.kept_at(place).and_then(|kept| kept.take(capacity)) {
+            return Some(memory);
+        }
         let pool = self.pools.entry(place).or_default();
         let stats = &mut pool.stats;
         stats.in_use += capacity;
@@ -394,10 +446,18 @@ impl Cache {
             Memory::Cpu(block) => (HOST, block.capacity()),
             Memory::Cuda(block, stream) => (place_of(stream), block.capacity()),
         };
+        if let Some(kept) = self.kept_at(place) {
+            return kept.put(capacity, memory);
+        }
         let pool = self.pools.entry(place).or_default();
         // A buffer may be dropped on another thread than its own: the counter saturates.
         pool.stats.in_use = pool.stats.in_use.saturating_sub(capacity);
-        if matches!(&memory, Memory::Cpu(block) if block.is_part()) {
+        let given_back = match &memory {
+            Memory::Cpu(block) => block.is_part(),
+            // A graph goes on to write there: when it is dropped the block is freed.
+            Memory::Cuda(block, _) => Arc::strong_count(block) > 1,
+        };
+        if given_back {
             return;
         }
         if pool.stats.cached + capacity > pool.stats.peak.max(CACHE_FLOOR) {

@@ -247,6 +247,8 @@ struct Inner {
 enum Data {
     /// Elements `offset..offset + len` of a buffer.
     Owned(Arc<Buffer>, usize),
+    /// Integers on a GPU, below a bound: as `Owned`, but written anew from step to step.
+    Numbers(Arc<Buffer>, usize, usize),
     /// Elements from an offset on behind a parameter's handle: reached through a guard, never kept.
     Param(Arc<Param>, usize),
     /// On a pretended mesh: the bytes that views of one tensor share.
@@ -347,6 +349,33 @@ impl Tensor {
         Ok(Tensor::wrap(scope, buffer.to(scope.place_of(dtype))?, shape, dtype, layout))
     }
 
+    /// Integers of `0..below` on the scope's GPU, from `offset` on: see [`crate::Numbers`].
+    pub(crate) fn numbers(
+        scope: &Scope,
+        buffer: &Arc<Buffer>,
+        offset: usize,
+        shape: &[usize],
+        below: usize,
+    ) -> Tensor {
+        Tensor(Arc::new(Inner {
+            scope: scope.clone(),
+            shape: shape.to_vec(),
+            dtype: Dtype::I32,
+            layout: Layout::default(),
+            data: Data::Numbers(buffer.clone(), offset, below),
+            edge: Edge::None,
+            recipe: None,
+        }))
+    }
+
+    /// The bound of integers that ops must read on the GPU.
+    pub(crate) fn below(&self) -> Option<usize> {
+        match self.0.data {
+            Data::Numbers(_, _, below) => Some(below),
+            _ => None,
+        }
+    }
+
     /// A tensor of a pretended mesh.
     pub(crate) fn pretend(scope: &Scope, shape: &[usize], dtype: Dtype, layout: Layout) -> Tensor {
         Tensor(Arc::new(Inner {
@@ -391,6 +420,9 @@ impl Tensor {
     ) -> Tensor {
         let data = match &self.0.data {
             Data::Owned(buffer, old) => Data::Owned(buffer.clone(), old + offset),
+            Data::Numbers(buffer, old, below) => {
+                Data::Numbers(buffer.clone(), old + offset, *below)
+            }
             Data::Param(param, old) => Data::Param(param.clone(), old + offset),
             Data::Fake(bytes) => Data::Fake(bytes.clone()),
         };
@@ -573,7 +605,7 @@ impl Tensor {
             return Err(Error::Dtype { op: "read", left: self.dtype(), right: T::DTYPE });
         }
         Ok(Values(match &self.0.data {
-            Data::Owned(buffer, offset) => {
+            Data::Owned(buffer, offset) | Data::Numbers(buffer, offset, _) => {
                 let size = self.dtype().bytes();
                 let range = offset * size..(offset + self.len()) * size;
                 ValuesInner::Owned(buffer.clone(), range)

@@ -66,7 +66,7 @@ fn every_op_by_finite_differences() {
     let ids = Tensor::of(&[2i32, 0, 2, 1], &[2, 2]).unwrap();
     let targets = Tensor::of(&[3i32, -100, 1, 0], &[2, 2]).unwrap();
     let table = RopeTable::new(&[1.0, 0.3], 8);
-    let positions = std::sync::Arc::new(vec![0, 1, 2, 3, 4, 5]);
+    let positions = Tensor::of(&[0, 1, 2, 3, 4, 5], &[2, 3]).unwrap();
     gradients("add, sub, mul", &[&[3, 4], &[3, 4]], &|x| (&x[0] * &x[1])?.sub(&x[0])?.add(&x[1]));
     gradients("scale, silu", &[&[7]], &|x| x[0].scale(0.7)?.silu());
     gradients("gelu", &[&[9]], &|x| x[0].gelu());

@@ -16,7 +16,7 @@ const SOURCES: &str = "colossal-kernels/cuda/stand_in";
 const ORDERS: [&str; 3] = ["0", "1", "77"];
 
 /// Tests of models that take seconds on the stand-in: references, resumption, plans, memory.
-const MODELS: [&str; 8] = [
+const MODELS: [&str; 9] = [
     "goldens",
     "a_resumed_run",
     "a_later_step",
@@ -25,6 +25,7 @@ const MODELS: [&str; 8] = [
     "fp8_follows",
     "every_sequence_mode",
     "grids_of_nine",
+    "graphs",
 ];
 
 /// Builds the libraries and runs the CUDA suites on them.

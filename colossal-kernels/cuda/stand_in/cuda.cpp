@@ -6,11 +6,12 @@
 // STAND_IN_MEMORY      bytes of each (4 GiB)
 // STAND_IN_ORDER       order of threads: 0 ascending, 1 descending, else the seed of a shuffle
 // STAND_IN_LOSE_AFTER  the device is lost at this launch, counted over all
-#include "cuemu.h"
+#include "graph.h"
 
 #include <atomic>
 #include <chrono>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
@@ -19,6 +20,8 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <unistd.h>
+
+#include "cuemu.h"
 
 #define API extern "C" __attribute__((visibility("default"))) int
 
@@ -37,17 +40,18 @@ constexpr int MOST_DEVICES = 64;
 constexpr size_t PAGE = 4096;
 
 struct Device { int ordinal; size_t used; bool lost; };
-struct Stream { Device* device; };
-struct Event { Device* device; bool recorded; double at; };
+struct Stream { Device* device; Capture* capture; };
+struct Event { Device* device; bool recorded, captured; double at; };
 struct Module { Device* device; void* library; };
-struct Function { Device* device; Kernel kernel; std::string name; int shared; };
+struct Function { Device* device; Kernel kernel; const unsigned* sizes; std::string name; int shared; };
+struct Executable { Device* device; Graph graph; };
 struct Allocation { size_t bytes; Device* device; char* mapping; size_t mapped; };
 
 std::recursive_mutex mutex;
 Device devices[MOST_DEVICES];
 std::map<Address, Allocation> allocations;
 std::map<void*, size_t> pinned;
-std::set<void*> alive;  // streams, events, modules, functions
+std::set<void*> alive;  // streams, events, modules, functions, graphs
 long launches;
 thread_local Device* current;
 
@@ -85,6 +89,21 @@ int usable(void* stream) {
   return SUCCESS;
 }
 #define USABLE(stream) do { if (int code_ = usable(stream)) return code_; } while (0)
+#define PERMITTED() do { if (int code_ = permitted(__func__)) return code_; } while (0)
+
+Capture* capture_of(void* stream) { return stream ? static_cast<Stream*>(stream)->capture : nullptr; }
+
+/// Refuses a copy between a stream that captures and memory of the host that may move.
+int stays(void* stream, const void* host, size_t bytes) {
+  if (!capture_of(stream)) return SUCCESS;
+  auto next = pinned.upper_bound(const_cast<void*>(host));
+  if (next != pinned.begin()) {
+    const auto& [start, size] = *--next;
+    if (static_cast<const char*>(host) + bytes <= static_cast<char*>(start) + size) return SUCCESS;
+  }
+  return settled(capture_of(stream), "a copy of pageable memory on");
+}
+#define STAYS(stream, host, bytes) do { if (int code_ = stays(stream, host, bytes)) return code_; } while (0)
 
 bool inside(Address at, size_t bytes) {
   auto next = allocations.upper_bound(at);
@@ -180,6 +199,8 @@ API cuGetErrorString(int code, const char** text) {
     case LAUNCH_OUT_OF_RESOURCES: *text = "too many resources requested for launch"; break;
     case LAUNCH_FAILED: *text = "unspecified launch failure"; break;
     case NOT_SUPPORTED: *text = "operation not supported by the stand-in"; break;
+    case CAPTURE_UNSUPPORTED: *text = "operation not permitted when stream is capturing"; break;
+    case CAPTURE_INVALIDATED: *text = "operation failed due to a previous error during capture"; break;
     default: *text = "an error"; break;
   }
   return SUCCESS;
@@ -235,7 +256,7 @@ API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 API cuCtxGetCurrent(void** context) { *context = current; return SUCCESS; }
 API cuCtxSetCurrent(void* context) { current = static_cast<Device*>(context); return SUCCESS; }
 API cuCtxGetDevice(int* device) { READY(); *device = current->ordinal; return SUCCESS; }
-API cuCtxSynchronize() { READY(); return SUCCESS; }
+API cuCtxSynchronize() { READY(); PERMITTED(); return SUCCESS; }
 
 API cuMemGetInfo_v2(size_t* free, size_t* total) {
   Lock lock(mutex);
@@ -244,13 +265,15 @@ API cuMemGetInfo_v2(size_t* free, size_t* total) {
   *free = *total - current->used;
   return SUCCESS;
 }
-API cuMemAlloc_v2(Address* out, size_t bytes) { Lock lock(mutex); return allocate(out, bytes); }
-API cuMemFree_v2(Address at) { Lock lock(mutex); READY(); return release(at); }
-API cuMemAllocAsync(Address* out, size_t bytes, void* stream) { Lock lock(mutex); USABLE(stream); return allocate(out, bytes); }
-API cuMemFreeAsync(Address at, void* stream) { Lock lock(mutex); USABLE(stream); return release(at); }
+API cuMemAlloc_v2(Address* out, size_t bytes) { Lock lock(mutex); PERMITTED(); return allocate(out, bytes); }
+API cuMemFree_v2(Address at) { Lock lock(mutex); PERMITTED(); READY(); return release(at); }
+#define SETTLED(stream) do { if (int code_ = settled(capture_of(stream), __func__)) return code_; } while (0)
+API cuMemAllocAsync(Address* out, size_t bytes, void* stream) { Lock lock(mutex); USABLE(stream); SETTLED(stream); return allocate(out, bytes); }
+API cuMemFreeAsync(Address at, void* stream) { Lock lock(mutex); USABLE(stream); SETTLED(stream); return release(at); }
 API cuMemHostAlloc(void** out, size_t bytes, unsigned) {
   Lock lock(mutex);
   READY();
+  PERMITTED();
   *out = aligned_alloc(PAGE, (bytes + PAGE - 1) / PAGE * PAGE);
   if (!*out) return OUT_OF_MEMORY;
   pinned[*out] = bytes;
@@ -258,22 +281,23 @@ API cuMemHostAlloc(void** out, size_t bytes, unsigned) {
 }
 API cuMemFreeHost(void* at) {
   Lock lock(mutex);
+  PERMITTED();
   if (!pinned.erase(at)) return say(INVALID_VALUE, "free of pinned memory that nobody allocated");
   free(at);
   return SUCCESS;
 }
 
-API cuMemcpyHtoD_v2(Address to, const void* from, size_t n) { Lock lock(mutex); return copy(to, true, Address(from), false, n); }
-API cuMemcpyDtoH_v2(void* to, Address from, size_t n) { Lock lock(mutex); return copy(Address(to), false, from, true, n); }
-API cuMemcpyDtoD_v2(Address to, Address from, size_t n) { Lock lock(mutex); return copy(to, true, from, true, n); }
-API cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t n, void* s) { Lock lock(mutex); USABLE(s); return copy(to, true, Address(from), false, n); }
-API cuMemcpyDtoHAsync_v2(void* to, Address from, size_t n, void* s) { Lock lock(mutex); USABLE(s); return copy(Address(to), false, from, true, n); }
-API cuMemcpyDtoDAsync_v2(Address to, Address from, size_t n, void* s) { Lock lock(mutex); USABLE(s); return copy(to, true, from, true, n); }
-API cuMemcpyPeerAsync(Address to, void*, Address from, void*, size_t n, void* s) { Lock lock(mutex); USABLE(s); return copy(to, true, from, true, n); }
-API cuMemsetD8_v2(Address to, unsigned char v, size_t n) { Lock lock(mutex); return fill(to, v, n); }
-API cuMemsetD8Async(Address to, unsigned char v, size_t n, void* s) { Lock lock(mutex); USABLE(s); return fill(to, v, n); }
+API cuMemcpyHtoD_v2(Address to, const void* from, size_t n) { Lock lock(mutex); PERMITTED(); return copy(to, true, Address(from), false, n); }
+API cuMemcpyDtoH_v2(void* to, Address from, size_t n) { Lock lock(mutex); PERMITTED(); return copy(Address(to), false, from, true, n); }
+API cuMemcpyDtoD_v2(Address to, Address from, size_t n) { Lock lock(mutex); PERMITTED(); return copy(to, true, from, true, n); }
+API cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t n, void* s) { Lock lock(mutex); USABLE(s); STAYS(s, from, n); return put(capture_of(s), [=] { return copy(to, true, Address(from), false, n); }); }
+API cuMemcpyDtoHAsync_v2(void* to, Address from, size_t n, void* s) { Lock lock(mutex); USABLE(s); STAYS(s, to, n); return put(capture_of(s), [=] { return copy(Address(to), false, from, true, n); }); }
+API cuMemcpyDtoDAsync_v2(Address to, Address from, size_t n, void* s) { Lock lock(mutex); USABLE(s); return put(capture_of(s), [=] { return copy(to, true, from, true, n); }); }
+API cuMemcpyPeerAsync(Address to, void*, Address from, void*, size_t n, void* s) { Lock lock(mutex); USABLE(s); return put(capture_of(s), [=] { return copy(to, true, from, true, n); }); }
+API cuMemsetD8_v2(Address to, unsigned char v, size_t n) { Lock lock(mutex); PERMITTED(); return fill(to, v, n); }
+API cuMemsetD8Async(Address to, unsigned char v, size_t n, void* s) { Lock lock(mutex); USABLE(s); return put(capture_of(s), [=] { return fill(to, v, n); }); }
 
-API cuStreamCreate(void** out, unsigned) { Lock lock(mutex); READY(); alive.insert(*out = new Stream{current}); return SUCCESS; }
+API cuStreamCreate(void** out, unsigned) { Lock lock(mutex); READY(); alive.insert(*out = new Stream{current, nullptr}); return SUCCESS; }
 API cuStreamCreateWithPriority(void** out, unsigned flags, int) { return cuStreamCreate(out, flags); }
 API cuStreamDestroy_v2(void* stream) {
   Lock lock(mutex);
@@ -281,27 +305,31 @@ API cuStreamDestroy_v2(void* stream) {
   delete static_cast<Stream*>(stream);
   return SUCCESS;
 }
-API cuStreamSynchronize(void* stream) { Lock lock(mutex); USABLE(stream); return SUCCESS; }
-API cuStreamQuery(void* stream) { Lock lock(mutex); USABLE(stream); return SUCCESS; }
+API cuStreamSynchronize(void* stream) { Lock lock(mutex); USABLE(stream); SETTLED(stream); return SUCCESS; }
+API cuStreamQuery(void* stream) { Lock lock(mutex); USABLE(stream); SETTLED(stream); return SUCCESS; }
 API cuStreamWaitEvent(void* stream, void* event, unsigned) {
   Lock lock(mutex);
   USABLE(stream);
-  return alive.count(event) ? SUCCESS : say(INVALID_HANDLE, "waiting for an event that is not alive");
+  if (!alive.count(event)) return say(INVALID_HANDLE, "waiting for an event that is not alive");
+  // A real driver would have the stream join the capture; nothing here does that.
+  if (static_cast<Event*>(event)->captured && !capture_of(stream)) return say(CAPTURE_UNSUPPORTED, "waiting for an event of a capture");
+  return SUCCESS;
 }
 
-API cuEventCreate(void** out, unsigned) { Lock lock(mutex); READY(); alive.insert(*out = new Event{current, false, 0}); return SUCCESS; }
+API cuEventCreate(void** out, unsigned) { Lock lock(mutex); READY(); alive.insert(*out = new Event{current, false, false, 0}); return SUCCESS; }
 API cuEventRecord(void* event, void* stream) {
   Lock lock(mutex);
   USABLE(stream);
   if (!alive.count(event)) return say(INVALID_HANDLE, "recording an event that is not alive");
   Event* e = static_cast<Event*>(event);
   if (e->device != current) return say(INVALID_HANDLE, "recording an event of another device");
+  if ((e->captured = capture_of(stream))) return SUCCESS;
   e->recorded = true;
   e->at = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
   return SUCCESS;
 }
-API cuEventQuery(void* event) { Lock lock(mutex); READY(); return alive.count(event) ? SUCCESS : INVALID_HANDLE; }
-API cuEventSynchronize(void* event) { Lock lock(mutex); READY(); return alive.count(event) ? SUCCESS : INVALID_HANDLE; }
+API cuEventQuery(void* event) { Lock lock(mutex); PERMITTED(); READY(); return alive.count(event) ? SUCCESS : INVALID_HANDLE; }
+API cuEventSynchronize(void* event) { Lock lock(mutex); PERMITTED(); READY(); return alive.count(event) ? SUCCESS : INVALID_HANDLE; }
 API cuEventElapsedTime_v2(float* out, void* first, void* last) {
   Lock lock(mutex);
   if (!alive.count(first) || !alive.count(last)) return INVALID_HANDLE;
@@ -321,6 +349,7 @@ API cuEventDestroy_v2(void* event) {
 API cuModuleLoadData(void** out, const void* image) {
   Lock lock(mutex);
   READY();
+  PERMITTED();
   const auto* elf = static_cast<const Elf64_Ehdr*>(image);
   if (memcmp(elf->e_ident, ELFMAG, SELFMAG)) return INVALID_IMAGE;
   // The table of sections is what a linker writes last.
@@ -344,8 +373,9 @@ API cuModuleGetFunction(void** out, void* module, const char* name) {
   if (!alive.count(module)) return INVALID_HANDLE;
   const Module* m = static_cast<Module*>(module);
   void* kernel = dlsym(m->library, (std::string("cuemu_") + name).c_str());
-  if (!kernel) return NOT_FOUND;
-  alive.insert(*out = new Function{m->device, reinterpret_cast<Kernel>(kernel), name, 48 << 10});
+  auto* sizes = reinterpret_cast<const unsigned* (*)()>(dlsym(m->library, (std::string("sizes_") + name).c_str()));
+  if (!kernel || !sizes) return NOT_FOUND;
+  alive.insert(*out = new Function{m->device, reinterpret_cast<Kernel>(kernel), sizes(), name, 48 << 10});
   return SUCCESS;
 }
 API cuFuncSetAttribute(void* function, int attribute, int value) {
@@ -364,22 +394,16 @@ API cuFuncGetAttribute(int* value, int attribute, void* function) {
 }
 API cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int, size_t) { *blocks = 2; return SUCCESS; }
 
-API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared, void* stream, void** args, void**) {
-  Lock lock(mutex);
-  USABLE(stream);
-  if (!alive.count(function)) return INVALID_HANDLE;
-  const Function* f = static_cast<Function*>(function);
-  if (f->device != current) return say(INVALID_HANDLE, "%s was loaded on another device", f->name.c_str());
-  if (!gx || !gy || !gz || !bx || !by || !bz || gx > 0x7fffffffu || gy > 65535 || gz > 65535 || bz > 64 || by > 1024 || bx > 1024)
-    return INVALID_VALUE;
-  if (size_t(bx) * by * bz > 1024) return LAUNCH_OUT_OF_RESOURCES;
-  if (shared > unsigned(f->shared)) return INVALID_VALUE;
+namespace {
+
+/// Runs a kernel that the driver has accepted.
+int launch(const Function* f, cuemu::Dim grid, cuemu::Dim block, unsigned shared, void** args) {
+  READY();
   if (++launches == long(number("STAND_IN_LOSE_AFTER", 0))) {
     current->lost = true;
     return SUCCESS;  // As a real one: who looks next is told.
   }
-  cuemu::Launch launch{{gx, gy, gz}, {bx, by, bz}, shared, args, unsigned(number("STAND_IN_ORDER", 0)), ""};
+  cuemu::Launch launch{grid, block, shared, args, unsigned(number("STAND_IN_ORDER", 0)), ""};
   struct sigaction now = {};
   now.sa_sigaction = touched;
   now.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
@@ -400,4 +424,88 @@ API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     current->lost = true;
   }
   return code;
+}
+
+}  // namespace
+
+API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** args, void**) {
+  Lock lock(mutex);
+  USABLE(stream);
+  if (!alive.count(function)) return INVALID_HANDLE;
+  const Function* f = static_cast<Function*>(function);
+  if (f->device != current) return say(INVALID_HANDLE, "%s was loaded on another device", f->name.c_str());
+  if (!gx || !gy || !gz || !bx || !by || !bz || gx > 0x7fffffffu || gy > 65535 || gz > 65535 || bz > 64 || by > 1024 || bx > 1024)
+    return INVALID_VALUE;
+  if (size_t(bx) * by * bz > 1024) return LAUNCH_OUT_OF_RESOURCES;
+  if (shared > unsigned(f->shared)) return INVALID_VALUE;
+  const cuemu::Dim grid{gx, gy, gz}, block{bx, by, bz};
+  Capture* const capture = capture_of(stream);
+  if (!capture) return launch(f, grid, block, shared, args);
+  return put(capture, [=, kept = std::make_shared<Arguments>(f->sizes, args)] {
+    return kept->with([&](void** copies) { return launch(f, grid, block, shared, copies); });
+  });
+}
+
+API cuStreamBeginCapture_v2(void* stream, int mode) {
+  Lock lock(mutex);
+  USABLE(stream);
+  if (!stream) return say(CAPTURE_UNSUPPORTED, "the null stream cannot capture");
+  return begin(&static_cast<Stream*>(stream)->capture, mode);
+}
+API cuStreamEndCapture(void* stream, void** graph) {
+  Lock lock(mutex);
+  USABLE(stream);
+  if (!stream) return ILLEGAL_STATE;
+  Graph* made = nullptr;
+  const int code = end(&static_cast<Stream*>(stream)->capture, &made);
+  if (made) alive.insert(made);
+  *graph = made;
+  return code;
+}
+API cuStreamIsCapturing(void* stream, int* status) {
+  Lock lock(mutex);
+  USABLE(stream);
+  const Capture* capture = capture_of(stream);
+  *status = !capture ? 0 : capture->void_ ? 2 : 1;
+  return SUCCESS;
+}
+API cuGraphInstantiateWithFlags(void** out, void* graph, unsigned long long) {
+  Lock lock(mutex);
+  READY();
+  PERMITTED();
+  if (!alive.count(graph)) return say(INVALID_HANDLE, "a graph that is not alive");
+  alive.insert(*out = new Executable{current, *static_cast<Graph*>(graph)});
+  return SUCCESS;
+}
+API cuGraphDestroy(void* graph) {
+  Lock lock(mutex);
+  if (!alive.erase(graph)) return say(INVALID_HANDLE, "destroying a graph that is not alive");
+  delete static_cast<Graph*>(graph);
+  return SUCCESS;
+}
+API cuGraphLaunch(void* executable, void* stream) {
+  Lock lock(mutex);
+  USABLE(stream);
+  SETTLED(stream);
+  if (!alive.count(executable)) return say(INVALID_HANDLE, "launching a graph that is not alive");
+  const Executable* e = static_cast<Executable*>(executable);
+  if (e->device != current) return say(INVALID_HANDLE, "a graph of another device");
+  return run(e->graph);
+}
+API cuGraphExecDestroy(void* executable) {
+  Lock lock(mutex);
+  if (!alive.erase(executable)) return say(INVALID_HANDLE, "destroying a graph that is not alive");
+  delete static_cast<Executable*>(executable);
+  return SUCCESS;
+}
+
+/// For libraries of products: their work of a stream, done now or kept for a graph.
+API stand_in_put(void* stream, const Work* work) {
+  {
+    Lock lock(mutex);
+    USABLE(stream);
+    if (Capture* capture = capture_of(stream)) return put(capture, *work);
+  }
+  return (*work)();  // Products of several ranks run side by side.
 }

@@ -247,6 +247,8 @@ template <class... Args, void (*kernel)(Args...)> struct Call<kernel> {
     kernel(*static_cast<std::remove_cv_t<Args>*>(p[I])...);
   }
   static void run(void** p) { unpack(p, std::index_sequence_for<Args...>{}); }
+  /// Bytes of each argument, then 0: a graph keeps copies.
+  static constexpr unsigned sizes[] = {sizeof(Args)..., 0};
 };
 
 static void copy_later(void* to, const void* from, unsigned bytes) {
@@ -291,6 +293,9 @@ static unsigned lane() { return current->number % 32; }
 #define KERNEL(name)                                                                     \
   extern "C" __attribute__((visibility("default"))) int cuemu_##name(cuemu::Launch* l) { \
     return cuemu::start(cuemu::Call<name>::run, l);                                      \
+  }                                                                                      \
+  extern "C" __attribute__((visibility("default"))) const unsigned* sizes_##name() {     \
+    return cuemu::Call<name>::sizes;                                                     \
   }
 #define DYN_SMEM(type, name) type* const name = reinterpret_cast<type*>(cuemu::shared)
 

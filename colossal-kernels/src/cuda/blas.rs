@@ -171,8 +171,13 @@ impl Blas {
         let last =
             (product.batch - 1) * product.strides[2] + m.saturating_sub(1) * product.c_stride;
         let bytes = (last + n) * size_of_type(product.output);
-        // Without room for scratch the library's own favourite has to do.
-        let Ok(mut scratch) = Block::new(stream.device(), bytes) else { return Ok(Some(*first)) };
+        let mut scratch = match Block::new(stream.device(), bytes) {
+            Ok(scratch) => scratch,
+            // A choice that nobody measured would stay.
+            Err(error) if error.is_capture() => return Err(error),
+            // Without room for scratch the library's own favourite has to do.
+            Err(_) => return Ok(Some(*first)),
+        };
         let mut scratch = scratch.slice_mut::<u8>(0..bytes);
         stream.zero(scratch.reborrow())?;
         let mut best: Option<(f32, Algorithm)> = None;

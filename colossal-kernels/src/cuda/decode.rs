@@ -63,6 +63,35 @@ pub fn paged_attention<T: Float>(
     })
 }
 
+/// One query a sequence against a cache: [`flash_attention`](super::flash_attention) where the numbers of
+/// keys are on the device, and may change under a captured graph. `s.kv_len` is the most there may be, by
+/// which keys are split among blocks.
+///
+/// # Errors
+/// As [`flash_attention`](super::flash_attention).
+///
+/// # Panics
+/// When sizes do not fit, for more than one query, and for lengths on the host.
+pub fn cached_attention<T: Float>(
+    stream: &Stream,
+    s: &AttentionShape<'_>,
+    lens: Slice<'_, i32>,
+    q: Slice<'_, T>,
+    k: Slice<'_, T>,
+    v: Slice<'_, T>,
+    out: SliceMut<'_, T>,
+    lse: SliceMut<'_, f32>,
+) -> Result<()> {
+    s.check(q.len(), k.len(), v.len(), out.len(), lse.len());
+    assert!(
+        s.q_len == 1 && lens.len() == s.batch && s.q_lens.is_none() && s.kv_lens.is_none(),
+        "cached_attention: one query and one length a sequence, lengths on the device alone"
+    );
+    Call::with::<T>(stream, s, Lengths::There(lens), |call| {
+        decode(call, s, q, k, v, out, lse, Pages::default())
+    })
+}
+
 pub(super) fn decode<T: Float>(
     call: &Call<'_>,
     s: &AttentionShape<'_>,

@@ -136,6 +136,30 @@ impl Error {
         )
     }
 
+    /// Did a call meet a stream that records a [`Graph`](super::Graph), for which it is not allowed?
+    pub fn is_capture(&self) -> bool {
+        use CUresult::{
+            CUDA_ERROR_CAPTURED_EVENT, CUDA_ERROR_STREAM_CAPTURE_IMPLICIT,
+            CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, CUDA_ERROR_STREAM_CAPTURE_ISOLATION,
+            CUDA_ERROR_STREAM_CAPTURE_MERGE, CUDA_ERROR_STREAM_CAPTURE_UNJOINED,
+            CUDA_ERROR_STREAM_CAPTURE_UNMATCHED, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+        };
+        matches!(
+            self,
+            Error::Driver {
+                code: CUDA_ERROR_CAPTURED_EVENT
+                    | CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
+                    | CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+                    | CUDA_ERROR_STREAM_CAPTURE_ISOLATION
+                    | CUDA_ERROR_STREAM_CAPTURE_MERGE
+                    | CUDA_ERROR_STREAM_CAPTURE_UNJOINED
+                    | CUDA_ERROR_STREAM_CAPTURE_UNMATCHED
+                    | CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+                ..
+            }
+        )
+    }
+
     /// A driver's error with what was being done.
     pub(super) fn driver(ordinal: usize, what: impl Into<String>, error: DriverError) -> Error {
         let text = error.error_string().map(|s| s.to_string_lossy().into_owned());

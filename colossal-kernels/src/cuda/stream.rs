@@ -1,5 +1,6 @@
 //! Streams: queues of work in order; and events, which order one after another.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use bytemuck::Pod;
@@ -26,6 +27,7 @@ pub struct Stream {
     scratch: Arc<Mutex<Vec<Block>>>,
     /// Made when it is first asked for.
     beside: Arc<OnceLock<Stream>>,
+    graphs: Arc<AtomicU64>,
 }
 
 /// A stream that others own.
@@ -68,9 +70,15 @@ impl Stream {
     }
 
     fn of(device: &Device, stream: Arc<CudaStream>) -> Stream {
-        let (blas, dnn) = (Arc::default(), Arc::default());
-        let (scratch, beside) = (Arc::default(), Arc::default());
-        Stream { device: device.clone(), stream, blas, dnn, scratch, beside }
+        Stream {
+            device: device.clone(),
+            stream,
+            blas: Arc::default(),
+            dnn: Arc::default(),
+            scratch: Arc::default(),
+            beside: Arc::default(),
+            graphs: Arc::default(),
+        }
     }
 
     /// A second queue beside it, which it owns: for messages that its work does not wait for.
@@ -110,14 +118,34 @@ impl Stream {
     ) -> Result<R> {
         let kept = || self.scratch.lock().unwrap_or_else(|e| e.into_inner());
         let bytes = len * size_of::<T>();
-        let known = kept().pop().filter(|block| block.capacity() >= bytes);
+        let known = kept().pop();
         let mut block = match known {
-            Some(block) => block,
-            None => Block::new(&self.device, bytes.next_multiple_of(1 << 20))?,
+            Some(block) if block.capacity() >= bytes => block,
+            small => match Block::new(&self.device, bytes.next_multiple_of(1 << 20)) {
+                Ok(block) => block,
+                Err(error) => {
+                    kept().extend(small);
+                    return Err(error);
+                }
+            },
         };
         let result = f(block.slice_mut(0..len));
         kept().push(block);
         result
+    }
+
+    /// All scratch, for a graph whose kernels use it: the stream makes itself new.
+    pub(super) fn take_scratch(&self) -> Vec<Block> {
+        std::mem::take(&mut self.scratch.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+
+    pub(super) fn count_graph(&self) {
+        self.graphs.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many graphs were launched on it so far.
+    pub fn graph_launches(&self) -> u64 {
+        self.graphs.load(Ordering::Relaxed)
     }
 
     /// Puts a product on it, if cuBLASLt is there and has an algorithm for it.

@@ -192,6 +192,29 @@ pub fn flash_attention<T: Float>(
     Ok(())
 }
 
+/// [`colossal_kernels::cuda::cached_attention`]; on the host
+/// [`flash_attention`](colossal_kernels::flash_attention) of so many keys.
+pub fn cached_attention<T: Float>(
+    shape: &AttentionShape<'_>,
+    lens: View<'_, i32>,
+    q: View<'_, T>,
+    k: View<'_, T>,
+    v: View<'_, T>,
+    out: ViewMut<'_, T>,
+    lse: ViewMut<'_, f32>,
+) -> Result<()> {
+    match stream_of!(lens, q, k, v, out, lse) {
+        Some(stream) => on_cuda!(stream, (lens, q, k, v, out, lse) => {
+            cuda::cached_attention(&stream, shape, lens, q, k, v, out, lse)
+        }),
+        None => on_host!((lens, q, k, v, out, lse) => {
+            let shape = AttentionShape { kv_lens: Some(lens), ..*shape };
+            colossal_kernels::flash_attention(&shape, q, k, v, out, lse);
+        }),
+    }
+    Ok(())
+}
+
 /// [`colossal_kernels::flash_attention_backward`]
 pub fn flash_attention_backward<T: Float>(
     shape: &AttentionShape<'_>,

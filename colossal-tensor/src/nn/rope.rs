@@ -1,7 +1,5 @@
 //! Rotary position embedding with the scalings of published checkpoints.
 
-use std::sync::Arc;
-
 use crate::error::Result;
 use crate::ops::RopeTable;
 use crate::tensor::Tensor;
@@ -45,8 +43,8 @@ impl Rope {
         Rope { table: RopeTable::new(&inverse, positions) }
     }
 
-    /// `x [batch, seq, heads, head_dim]`, one position per token.
-    pub fn forward(&self, x: &Tensor, positions: &Arc<Vec<i32>>) -> Result<Tensor> {
+    /// `x [batch, seq, heads, head_dim]`, one position (of `i32`) per token.
+    pub fn forward(&self, x: &Tensor, positions: &Tensor) -> Result<Tensor> {
         x.rope(positions, &self.table)
     }
 }

@@ -1,4 +1,4 @@
-//! Attention without the s×s matrix (FlashAttention; Dao et al., 2022), and its KV cache.
+//! Attention without the s×s matrix (FlashAttention; Dao et al., 2022).
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use colossal_kernels::AttentionShape;
 
 use super::{produce, same_dtype};
 use crate::autograd::record;
-use crate::dtype::{Dtype, float};
+use crate::dtype::float;
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::placement::{Context, Placement};
@@ -184,150 +184,9 @@ fn shape(sizes: [usize; 6], mask: &AttentionMask) -> AttentionShape<'_> {
     }
 }
 
-fn four(op: &'static str, x: &Tensor) -> Result<(usize, usize, usize, usize)> {
+pub(super) fn four(op: &'static str, x: &Tensor) -> Result<(usize, usize, usize, usize)> {
     match *x.shape() {
         [b, s, h, d] => Ok((b, s, h, d)),
         _ => Err(Error::shape(op, x.shape(), &[], "needs [batch, seq, heads, head_dim]")),
-    }
-}
-
-/// Keys and values of the tokens seen so far, per layer: `[batch, capacity, kv_heads, head_dim]`.
-///
-/// Sequences of unequal length sit side by side, each packed from the start, without padding.
-#[derive(Debug)]
-pub struct KvCache {
-    layers: Vec<Option<(Buffer, Buffer)>>,
-    lengths: Vec<i32>,
-    capacity: usize,
-}
-
-impl KvCache {
-    /// An empty cache for `batch` sequences of at most `capacity` tokens in `layers` layers.
-    pub fn new(layers: usize, batch: usize, capacity: usize) -> KvCache {
-        let layers = (0..layers).map(|_| None).collect();
-        KvCache { layers, lengths: vec![0; batch], capacity }
-    }
-
-    /// Tokens held for each sequence.
-    pub fn lengths(&self) -> &[i32] {
-        &self.lengths
-    }
-
-    /// Tokens it has room for, per sequence.
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// After every layer has attended: these many tokens were added to each sequence.
-    pub fn advance(&mut self, added: &[i32]) {
-        self.lengths.iter_mut().zip(added).for_each(|(l, a)| *l += a);
-    }
-
-    /// Keeps only the sequences at `rows`, in that order: finished ones leave the batch.
-    ///
-    /// # Errors
-    /// [`Error::Cuda`] when a GPU cannot copy them.
-    pub fn keep(&mut self, rows: &[usize]) -> Result<()> {
-        let batch = self.lengths.len();
-        for (k, v) in self.layers.iter_mut().flatten() {
-            for buffer in [k, v] {
-                let row = buffer.bytes() / batch.max(1);
-                let mut kept = Buffer::on(&buffer.device(), row * rows.len())?;
-                for (to, from) in rows.iter().enumerate() {
-                    let from = buffer.view::<u8>().range(from * row..(from + 1) * row);
-                    kept.view_mut().range(to * row..(to + 1) * row).copy(from)?;
-                }
-                *buffer = kept;
-            }
-        }
-        self.lengths = rows.iter().map(|r| self.lengths[*r]).collect();
-        Ok(())
-    }
-
-    /// Adds the first `added[b]` of the new tokens of each sequence to `layer`, and attends from
-    /// their queries to everything held, causally. No gradient.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] when a sequence would outgrow the capacity.
-    pub fn attend(
-        &mut self,
-        layer: usize,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        added: &[i32],
-        window: Option<usize>,
-    ) -> Result<Tensor> {
-        let (batch, q_len, heads, head_dim) = four("kv_cache", q)?;
-        let (_, _, kv_heads, _) = four("kv_cache", k)?;
-        if k.shape() != v.shape() || k.shape()[..2] != q.shape()[..2] || added.len() != batch {
-            return Err(Error::shape(
-                "kv_cache",
-                q.shape(),
-                k.shape(),
-                "q, k, v of the same tokens",
-            ));
-        }
-        let layout = propagate("attention", &[q, k, v], propagate::attention)?;
-        let row = kv_heads * head_dim;
-        let total: Vec<i32> = self.lengths.iter().zip(added).map(|(l, a)| l + a).collect();
-        let longest = total.iter().copied().max().unwrap_or(0) as usize;
-        if longest > self.capacity || self.lengths.len() != batch {
-            let right = [self.lengths.len(), self.capacity];
-            let reason = "the cache is too small; make it for prompt + new tokens";
-            return Err(Error::shape("kv_cache", &[batch, longest], &right, reason));
-        }
-        let slot = self
-            .layers
-            .get_mut(layer)
-            .ok_or_else(|| Error::Other(format!("kv_cache: made for fewer layers than {layer}")))?;
-        let stride = self.capacity * row;
-        produce(q.scope(), q.shape(), q.dtype(), layout, |out| {
-            float!("kv_cache", q.dtype(), T => {
-                if slot.is_none() {
-                    let room = || Buffer::zeros_on::<T>(q.scope().device(), batch * stride);
-                    *slot = Some((room()?, room()?));
-                }
-                let Some((kc, vc)) = slot else { unreachable!("made above") };
-                for (cache, new) in [(&mut *kc, k), (&mut *vc, v)] {
-                    let new = new.lend::<T>()?;
-                    for (b, added) in added.iter().enumerate() {
-                        let to = b * stride + self.lengths[b] as usize * row;
-                        let from = b * q_len * row;
-                        let len = *added as usize * row;
-                        let from = new.view::<T>().range(from..from + len);
-                        cache.view_mut().range(to..to + len).copy(from)?;
-                    }
-                }
-                let shape = AttentionShape {
-                    causal: true,
-                    window,
-                    q_lens: Some(added),
-                    kv_lens: Some(&total),
-                    kv_batch_stride: stride,
-                    ..AttentionShape::new(batch, q_len, longest, heads, kv_heads, head_dim)
-                };
-                let mut lse = q.scope().room::<f32>(batch * heads * q_len)?;
-                kernels::flash_attention(
-                    &shape,
-                    q.lend::<T>()?.view::<T>(),
-                    kc.view::<T>(),
-                    vc.view::<T>(),
-                    out.view_mut::<T>(),
-                    lse.view_mut(),
-                )
-            })
-        })
-    }
-
-    /// Bytes of one layer's cache for a model, for planning.
-    pub fn bytes(
-        batch: usize,
-        capacity: usize,
-        kv_heads: usize,
-        head_dim: usize,
-        dtype: Dtype,
-    ) -> usize {
-        2 * batch * capacity * kv_heads * head_dim * dtype.bytes()
     }
 }

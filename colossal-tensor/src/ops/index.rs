@@ -7,6 +7,7 @@ use crate::autograd::{Weight, record};
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result};
 use crate::kernels;
+use crate::placement::Layout;
 use crate::placement::Placement::{self, Shard};
 use crate::propagate::{self, propagate};
 use crate::tensor::Tensor;
@@ -21,6 +22,29 @@ pub(crate) fn token_ids(ids: &Tensor, limit: usize) -> Result<Vec<i32>> {
             "embedding: id {bad} is outside 0..{limit}; is this the model's tokenizer?"
         ))),
     }
+}
+
+/// Rows by ids on the GPU ([`crate::Numbers`], of one rank). No gradient: they may have changed by then.
+fn embedding_there(
+    table: &Tensor,
+    ids: &Tensor,
+    below: usize,
+    shape: &[usize],
+    layout: Layout,
+) -> Result<Tensor> {
+    if below > table.real_rows() {
+        return Err(Error::Other(format!(
+            "embedding: ids below {below} are not all inside 0..{}",
+            table.real_rows()
+        )));
+    }
+    produce(table.scope(), shape, table.dtype(), layout, |y| {
+        float!("embedding", table.dtype(), T => {
+            let (ids, table) = (ids.lend::<i32>()?, table.lend::<T>()?);
+            let dim = shape.last().copied().unwrap_or(1);
+            kernels::embedding(ids.view(), table.view::<T>(), dim, y.view_mut::<T>())
+        })
+    })
 }
 
 impl Tensor {
@@ -44,6 +68,9 @@ impl Tensor {
             .collect();
         if !blocks.is_empty() {
             return super::block_embedding::embedding(table, ids, &shape, layout, &blocks);
+        }
+        if let Some(below) = ids.below() {
+            return embedding_there(table, ids, below, &shape, layout);
         }
         // Ids relative to this rank's rows; the kernel skips those outside.
         let local = if table.scope().is_fake() {

@@ -88,7 +88,10 @@ impl Tensor {
         shape[last] = n;
         let y = produce(self.scope(), &shape, self.dtype(), layout, |y| {
             float!("linear", self.dtype(), T => {
-                if let Some(w) = weight.param().and_then(|p| p.int8()) {
+                if let Some((param, w)) = weight.param().and_then(|p| Some((p, p.int8()?))) {
+                    if let Some(stream) = self.scope().device().stream() {
+                        crate::storage::seen(stream, param);
+                    }
                     let b = bias.map(|b| b.lend::<T>()).transpose()?;
                     let b = b.as_ref().map(|b| b.view());
                     let x = self.lend::<T>()?;

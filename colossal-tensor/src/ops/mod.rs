@@ -9,6 +9,7 @@ mod external;
 mod fp8;
 mod heads;
 mod index;
+mod kv_cache;
 mod matmul;
 mod norm;
 mod padding;
@@ -17,9 +18,10 @@ mod reshape;
 mod rope;
 mod wide_norm;
 
-pub use attention::{AttentionMask, KvCache};
+pub use attention::AttentionMask;
 pub use cross_entropy::IGNORE;
 pub use fp8::Fp8Recipe;
+pub use kv_cache::{Added, KvCache};
 pub use rope::RopeTable;
 
 use crate::dtype::Dtype;

@@ -119,11 +119,11 @@ impl RopeTable {
 }
 
 impl Tensor {
-    /// Rotates `[batch, seq, heads, head_dim]` by `positions` (one per token, `batch * seq`).
+    /// Rotates `[batch, seq, heads, head_dim]` by `positions` (integers, one per token).
     ///
     /// # Errors
     /// [`Error::Shape`] when sizes do not fit or a position lies beyond the table.
-    pub fn rope(&self, positions: &Arc<Vec<i32>>, table: &RopeTable) -> Result<Tensor> {
+    pub fn rope(&self, positions: &Tensor, table: &RopeTable) -> Result<Tensor> {
         let &[batch, seq, heads, head_dim] = self.shape() else {
             return Err(Error::shape(
                 "rope",
@@ -137,27 +137,16 @@ impl Tensor {
             let reason = "one position per token, and the table's head size";
             return Err(Error::shape("rope", self.shape(), &right, reason));
         }
-        let limit = table.positions();
-        if let Some(bad) = positions.iter().find(|p| **p < 0 || **p as usize >= limit) {
-            return Err(Error::Other(format!(
-                "rope: position {bad} is outside the {limit} positions of this model; \
-                 shorten the sequence or raise max_position_embeddings"
-            )));
-        }
+        let last = last_position(positions, table.positions())?;
         let layout = propagate("rope", &[self], propagate::rope)?;
-        let last = positions.iter().copied().max().unwrap_or(0) as usize;
-        let table = table.upto(if self.scope().is_fake() { 0 } else { last });
-        let rotate = move |x: &Tensor,
-                           positions: &[i32],
-                           t: &Tables,
-                           layout,
-                           back: bool|
-              -> Result<Tensor> {
+        let table = table.upto(last);
+        let rotate = move |x: &Tensor, positions: &Tensor, t: &Tables, layout, back: bool| {
             produce(x.scope(), x.shape(), x.dtype(), layout, |y| {
                 float!("rope", x.dtype(), T => {
                     let v = x.lend::<T>()?;
                     let (v, y) = (v.view::<T>(), y.view_mut::<T>());
-                    let p = View::Cpu(positions);
+                    let p = positions.lend::<i32>()?;
+                    let p = p.view();
                     t.lend(x.scope().device(), |cos, sin| match back {
                         false => kernels::rope(v, p, cos, sin, heads, head_dim, y),
                         true => kernels::rope_backward(v, p, cos, sin, heads, head_dim, y),
@@ -170,5 +159,26 @@ impl Tensor {
         Ok(record("rope", y, &[self], move |dy, back| {
             back.give(0, rotate(&dy, &positions, &table, dy.layout(), true)?)
         }))
+    }
+}
+
+/// The largest of these, or one less than their bound; an error unless all are below `limit`.
+fn last_position(positions: &Tensor, limit: usize) -> Result<usize> {
+    if positions.scope().is_fake() {
+        return Ok(0);
+    }
+    let outside = |position: i64| {
+        Error::Other(format!(
+            "rope: position {position} is outside the {limit} positions of this model; \
+             shorten the sequence or raise max_position_embeddings"
+        ))
+    };
+    if let Some(below) = positions.below() {
+        return if below > limit { Err(outside(below as i64 - 1)) } else { Ok(below.max(1) - 1) };
+    }
+    let values = positions.read::<i32>()?;
+    match values.as_slice::<i32>().iter().find(|p| **p < 0 || **p as usize >= limit) {
+        Some(bad) => Err(outside((*bad).into())),
+        None => Ok(values.as_slice::<i32>().iter().copied().max().unwrap_or(0) as usize),
     }
 }
