@@ -62,3 +62,25 @@ extern "C" __global__ void __launch_bounds__(512)
   }
 }
 KERNEL(logits_stats)
+
+// Of each row the first of the largest, and its log-probability.
+extern "C" __global__ void __launch_bounds__(512)
+    logits_best(const T* __restrict__ logits, u32 rows, u32 vocab, int* __restrict__ best, float* __restrict__ logprob) {
+  const u32 row = own_row();
+  if (row >= rows) return;
+  logits += (u64)row * vocab;
+  const RowStats s = row_stats<K>(logits, vocab);
+  // A float holds it: no vocabulary has 2^24 entries.
+  float place = -(float)vocab;
+  for (u32 i = threadIdx.x; i < vocab; i += blockDim.x)
+    if (widen(logits[i]) == s.max) {
+      place = -(float)i;
+      break;
+    }
+  place = -block_max(place);
+  if (threadIdx.x == 0) {
+    best[row] = place < (float)vocab ? (int)place : 0;
+    logprob[row] = -logf(s.sum);
+  }
+}
+KERNEL(logits_best)

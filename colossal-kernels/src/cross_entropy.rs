@@ -84,6 +84,20 @@ pub fn cross_entropy_backward<T: Float>(
     });
 }
 
+/// Of each row the first of the largest, and its log-probability: greedy decoding.
+pub fn logits_best<T: Float>(logits: &[T], vocab: usize, best: &mut [i32], logprobs: &mut [f32]) {
+    let count = best.len();
+    assert_eq!(logits.len(), count * vocab, "logits_best: logits must be [rows, vocab]");
+    assert_eq!(count, logprobs.len(), "logits_best: one token and log-probability per row");
+    let (mut max, mut sum) = (vec![0.0; count], vec![0.0; count]);
+    logits_stats(logits, vocab, &mut max, &mut sum);
+    for (r, (best, logprob)) in best.iter_mut().zip(logprobs).enumerate() {
+        let row = &logits[r * vocab..(r + 1) * vocab];
+        *best = row.iter().position(|l| l.to_f32() == max[r]).unwrap_or(0) as i32;
+        *logprob = -sum[r].ln();
+    }
+}
+
 /// Maximum and sum of `exp(x - max)` of each row: what ranks of a sharded vocabulary combine.
 pub fn logits_stats<T: Float>(logits: &[T], vocab: usize, max: &mut [f32], sum: &mut [f32]) {
     let _span = profile::moves::<T>("logits_stats", logits.len(), 1);

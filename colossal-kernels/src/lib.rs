@@ -43,7 +43,9 @@ pub use attention::{PagedShape, paged_attention};
 pub use blocks::{copy_block, dropout, fill_columns, random_bits, scatter_rows, sum_groups};
 pub use cast::cast;
 pub use conv::{ConvShape, conv, conv_backward_input, conv_backward_weight};
-pub use cross_entropy::{ELSEWHERE, cross_entropy, cross_entropy_backward, logits_stats};
+pub use cross_entropy::{
+    ELSEWHERE, cross_entropy, cross_entropy_backward, logits_best, logits_stats,
+};
 pub use elementwise::{add, add_assign, add_bias, add_into, axpy, fill, mul, scale, sub};
 pub use embedding::{embedding, embedding_backward};
 pub use factored::{Adafactor, Came, Factors, Piece, Sum};

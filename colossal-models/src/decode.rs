@@ -10,10 +10,35 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use colossal_tensor::{
-    Added, AttentionMask, Error, KvCache, Numbers, Recorded, Region, Result, Tensor,
+    Added, AttentionMask, Best, Error, KvCache, Numbers, Recorded, Region, Result, Tensor,
 };
 
 use crate::decoder::{CausalLm, Tokens};
+
+/// What the last token of each sequence gave.
+#[derive(Debug)]
+pub(crate) enum Next {
+    /// Logits, row after row.
+    Logits(Vec<f32>),
+    /// The most likely token, and its log-probability.
+    Best(Vec<(i32, f32)>),
+}
+
+/// The same, where it was computed.
+#[derive(Debug)]
+enum Output {
+    Logits(Tensor),
+    Best(Best),
+}
+
+impl Output {
+    fn read(&self) -> Result<Next> {
+        match self {
+            Output::Logits(logits) => Ok(Next::Logits(logits.to_vec()?)),
+            Output::Best(best) => Ok(Next::Best(best.read()?)),
+        }
+    }
+}
 
 /// Sequences that are being generated.
 #[derive(Debug)]
@@ -24,12 +49,14 @@ pub(crate) struct Decoding<'m> {
     cache: Arc<Mutex<KvCache>>,
     /// Can steps be recorded?
     records: bool,
+    /// Of a step on a GPU: is the most likely token all that is asked for?
+    greedy: bool,
 }
 
 /// A step of a batch while its longest sequence is of some bucket.
 #[derive(Debug)]
 struct Step {
-    recorded: Option<Recorded<Tensor>>,
+    recorded: Option<Recorded<Output>>,
     numbers: Numbers,
     tokens: Arc<Tokens>,
     bucket: usize,
@@ -39,21 +66,26 @@ struct Step {
 
 impl<'m> Decoding<'m> {
     /// Of so many sequences, of at most `capacity` tokens each.
-    pub(crate) fn new(model: &'m CausalLm, batch: usize, capacity: usize) -> Decoding<'m> {
+    pub(crate) fn new(
+        model: &'m CausalLm,
+        batch: usize,
+        capacity: usize,
+        greedy: bool,
+    ) -> Decoding<'m> {
         let cache = Arc::new(Mutex::new(KvCache::new(model.config.blocks(), batch, capacity)));
         let records = on_one_gpu(model) && std::env::var_os("COLOSSAL_NO_GRAPHS").is_none();
-        Decoding { model, step: None, cache, records }
+        Decoding { model, step: None, cache, records, greedy }
     }
 
-    /// Feeds new tokens to every sequence; the logits of each one's last.
-    pub(crate) fn forward(&mut self, new: &[Vec<i32>]) -> Result<Vec<f32>> {
+    /// Feeds new tokens to every sequence; what each one's last gave.
+    pub(crate) fn forward(&mut self, new: &[Vec<i32>]) -> Result<Next> {
         let added: Vec<i32> = new.iter().map(|n| n.len() as i32).collect();
-        let logits = match added.iter().all(|n| *n == 1) && on_one_gpu(self.model) {
+        let next = match added.iter().all(|n| *n == 1) && on_one_gpu(self.model) {
             true => self.step(&new.concat())?,
             false => self.tokens(new, &added)?,
         };
         cache(&self.cache)?.advance(&added);
-        Ok(logits)
+        Ok(next)
     }
 
     /// Should sequences that have ended stay in the batch while they are less than half of it? They
@@ -69,7 +101,7 @@ impl<'m> Decoding<'m> {
     }
 
     /// Any number of tokens of each sequence.
-    fn tokens(&self, new: &[Vec<i32>], added: &[i32]) -> Result<Vec<f32>> {
+    fn tokens(&self, new: &[Vec<i32>], added: &[i32]) -> Result<Next> {
         let longest = new.iter().map(Vec::len).max().unwrap_or(0);
         let mut ids = vec![0; new.len() * longest];
         let mut positions = vec![0; ids.len()];
@@ -84,11 +116,11 @@ impl<'m> Decoding<'m> {
         let positions = ids.same_place(&positions)?;
         let mut tokens = self.of(ids, positions, Added::First(added.to_vec()));
         tokens.head_at = Some(new.iter().map(|n| n.len() - 1).collect());
-        logits(self.model, &Arc::new(tokens))?.to_vec()
+        output(self.model, &Arc::new(tokens), false)?.read()
     }
 
     /// One token of each sequence, on a GPU.
-    fn step(&mut self, new: &[i32]) -> Result<Vec<f32>> {
+    fn step(&mut self, new: &[i32]) -> Result<Next> {
         let (lengths, capacity) = {
             let cache = cache(&self.cache)?;
             (cache.lengths().to_vec(), cache.capacity())
@@ -104,9 +136,9 @@ impl<'m> Decoding<'m> {
         let places = lengths.iter().enumerate().map(|(b, l)| (b * capacity) as i32 + l);
         let numbers = new.iter().chain(&lengths).copied().chain(lens).chain(places);
         step.numbers.set(&numbers.collect::<Vec<_>>())?;
-        let (model, tokens) = (self.model, &step.tokens);
+        let (model, tokens, greedy) = (self.model, &step.tokens, self.greedy);
         if step.recorded.is_none() && step.warm && self.records {
-            match Recorded::new(model.scope(), || logits(model, tokens)) {
+            match Recorded::new(model.scope(), || output(model, tokens, greedy)) {
                 Ok(recorded) => step.recorded = Some(recorded),
                 Err(Error::Cuda(error)) if error.is_capture() => self.records = false,
                 Err(error) => return Err(error),
@@ -114,8 +146,8 @@ impl<'m> Decoding<'m> {
         }
         step.warm = true;
         match &step.recorded {
-            Some(recorded) => recorded.launch()?.to_vec(),
-            None => logits(model, tokens)?.to_vec(),
+            Some(recorded) => recorded.launch()?.read(),
+            None => output(model, tokens, greedy)?.read(),
         }
     }
 
@@ -147,8 +179,13 @@ fn on_one_gpu(model: &CausalLm) -> bool {
     scope.device().stream().is_some() && scope.mesh().axes().iter().all(|(_, ranks)| *ranks == 1)
 }
 
-fn logits(model: &CausalLm, tokens: &Arc<Tokens>) -> Result<Tensor> {
-    model.stack.forward(tokens)?.redistribute(Region::Whole)
+fn output(model: &CausalLm, tokens: &Arc<Tokens>, greedy: bool) -> Result<Output> {
+    let logits = model.stack.forward(tokens)?.redistribute(Region::Whole)?;
+    // A plan may have filled up the vocabulary.
+    match greedy && logits.last_dim() == model.config.vocab_size() {
+        true => Ok(Output::Best(logits.best()?)),
+        false => Ok(Output::Logits(logits)),
+    }
 }
 
 fn cache(cache: &Mutex<KvCache>) -> Result<MutexGuard<'_, KvCache>> {

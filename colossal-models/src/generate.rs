@@ -8,7 +8,7 @@ use colossal_kernels as kernels;
 use colossal_tensor::random::Stream;
 use colossal_tensor::{Error, Result, no_grad};
 
-use crate::decode::Decoding;
+use crate::decode::{Decoding, Next};
 use crate::decoder::CausalLm;
 
 /// How tokens are chosen and when to stop.
@@ -80,28 +80,41 @@ pub fn generate(
         return Ok(done);
     }
     no_grad(|| {
-        let mut decoding = Decoding::new(model, prompts.len(), longest + new);
+        let mut decoding =
+            Decoding::new(model, prompts.len(), longest + new, sampling.temperature <= 0.0);
         // Which prompt each row of the batch is.
         let mut rows: Vec<usize> = (0..prompts.len()).collect();
         let mut step: Vec<Vec<i32>> = prompts.to_vec();
         let entries = model.config.vocab_size();
         let ended = |c: &Completion| c.stopped || c.ids.len() == new;
         loop {
-            let mut logits = decoding.forward(&step)?;
-            let vocab = logits.len() / rows.len();
-            // A plan may have filled up the vocabulary.
-            logits.chunks_mut(vocab).for_each(|row| row[entries..].fill(f32::NEG_INFINITY));
-            let stats = at_temperature(&mut logits, vocab, sampling.temperature);
+            let mut given = decoding.forward(&step)?;
+            let stats = match &mut given {
+                Next::Best(_) => vec![],
+                Next::Logits(logits) => {
+                    let vocab = logits.len() / rows.len();
+                    // A plan may have filled up the vocabulary.
+                    let fill = |row: &mut [f32]| row[entries..].fill(f32::NEG_INFINITY);
+                    logits.chunks_mut(vocab).for_each(fill);
+                    at_temperature(logits, vocab, sampling.temperature)
+                }
+            };
             let mut next = Vec::with_capacity(rows.len());
             let mut going = Vec::new();
-            for (i, (row, logits)) in rows.iter().zip(logits.chunks(vocab)).enumerate() {
+            for (i, row) in rows.iter().enumerate() {
                 let completion = &mut done[*row];
                 if ended(completion) {
                     continue;
                 }
-                let position = completion.ids.len() as u64;
-                let draw = Stream::new(sampling.seed, *row as u64).uniform(position);
-                let (token, logprob) = choose(&logits[..entries], stats[i], sampling, draw);
+                let (token, logprob) = match &given {
+                    Next::Best(best) => best[i],
+                    Next::Logits(logits) => {
+                        let position = completion.ids.len() as u64;
+                        let draw = Stream::new(sampling.seed, *row as u64).uniform(position);
+                        let row = &logits[i * logits.len() / rows.len()..][..entries];
+                        choose(row, stats[i], sampling, draw)
+                    }
+                };
                 completion.ids.push(token);
                 completion.logprobs.push(logprob);
                 on_token(*row, token);

@@ -37,7 +37,7 @@ pub use device::Device;
 pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};
 pub use model::{Flow, Layer, Model, Stack};
-pub use ops::{Added, AttentionMask, Fp8Recipe, IGNORE, KvCache, RopeTable};
+pub use ops::{Added, AttentionMask, Best, Fp8Recipe, IGNORE, KvCache, RopeTable};
 pub use params::{Flat, Held, Init, Lease, Param, ParamId, Params, Store};
 pub use placement::{Context, Cut, Dim, Layout, Placement, Region, Role, Sharding};
 pub use recompute::recompute;

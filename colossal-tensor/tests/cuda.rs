@@ -9,8 +9,10 @@ use colossal_comm::{
     on_ranks,
 };
 use colossal_kernels::cuda::{Stream, devices};
-use colossal_tensor::storage::Buffer;
-use colossal_tensor::{Device, View, collectives};
+use colossal_tensor::storage::{Buffer, memory_stats_of};
+use colossal_tensor::{
+    Device, Layout, Numbers, Recorded, Scope, Tensor, View, collectives, no_grad,
+};
 use half::bf16;
 
 fn gpus() -> usize {
@@ -229,4 +231,60 @@ fn a_thread_gives_back_what_it_kept_for_streams_that_are_gone() {
     let after = reserved(&device);
     // Others may use the device meanwhile, for tests of less than that.
     assert!((before..before + BYTES).contains(&after), "{after} bytes, {before} before");
+}
+
+/// A graph goes on to read and write where its work did: nobody else gets that memory meanwhile.
+#[test]
+fn what_is_recorded_keeps_its_memory() {
+    if gpus() == 0 {
+        return println!("no CUDA: nothing was run");
+    }
+    let device = Device::named("cuda", 2).unwrap();
+    let scope = Scope::solo().on(&device);
+    let floats = |x: f32| Tensor::from_slice(&scope, &[x; 1000], &[1000], Layout::default());
+    let held = || {
+        let stats = memory_stats_of(&device);
+        (stats.in_use, device.stream().unwrap().device().reserved())
+    };
+    let mut seen = vec![];
+    for _ in 0..3 {
+        let numbers = Numbers::new(&scope, 4, &[6]).unwrap();
+        let ids = numbers.row(0, &[4]).unwrap();
+        let table = Tensor::from_slice(
+            &scope,
+            &(0..6000).map(|i| (i / 1000) as f32).collect::<Vec<_>>(),
+            &[6, 1000],
+            Layout::default(),
+        )
+        .unwrap();
+        let one = floats(1.0).unwrap();
+        // Twice as much, plus one; what lies in between comes and goes.
+        let work = || {
+            let rows = Tensor::embedding(&table, &ids)?;
+            (&rows + &rows)?.add_bias(&one)
+        };
+        let recorded = no_grad(|| {
+            work().unwrap();
+            Recorded::new(&scope, work).unwrap()
+        });
+        // The graph alone has these now.
+        drop((table, one));
+        let others: Vec<Tensor> = (0..40).map(|i| floats(100.0 + i as f32).unwrap()).collect();
+        for ids in [[5, 0, 3, 1], [2, 2, 4, 0]] {
+            numbers.set(&ids).unwrap();
+            let rows = recorded.launch().unwrap().to_vec().unwrap();
+            for (row, id) in rows.chunks(1000).zip(ids) {
+                assert!(row.iter().all(|x| *x == 2.0 * id as f32 + 1.0), "{}", row[0]);
+            }
+        }
+        for (i, other) in others.iter().enumerate() {
+            let values = other.to_vec().unwrap();
+            assert!(values.iter().all(|x| *x == 100.0 + i as f32), "a graph wrote to {i}");
+        }
+        drop((recorded, others));
+        assert!(numbers.set(&[0, 1, 2, 6]).unwrap_err().to_string().contains("outside 0..6"));
+        drop((numbers, ids));
+        seen.push(held());
+    }
+    assert!(seen[1..].iter().all(|s| *s == seen[1]) && seen[0].0 == seen[1].0, "{seen:?}");
 }

@@ -67,3 +67,18 @@ pub fn logits_stats<T: Float>(
     let count = max.len();
     f.launch(rows::<T>(count, vocab), args![logits, count as u32, vocab as u32, max, sum])
 }
+
+/// Of each row the first of the largest, and its log-probability.
+pub fn logits_best<T: Float>(
+    stream: &Stream,
+    logits: Slice<'_, T>,
+    vocab: usize,
+    best: SliceMut<'_, i32>,
+    logprobs: SliceMut<'_, f32>,
+) -> Result<()> {
+    let count = best.len();
+    assert_eq!(logits.len(), count * vocab, "logits_best: logits must be [rows, vocab]");
+    assert_eq!(count, logprobs.len(), "logits_best: one token and log-probability per row");
+    let f = stream.function(&CROSS_ENTROPY, &[("TYPE", T::CUDA)], "logits_best")?;
+    f.launch(rows::<T>(count, vocab), args![logits, count as u32, vocab as u32, best, logprobs])
+}

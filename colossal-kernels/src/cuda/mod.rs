@@ -68,7 +68,7 @@ pub use blocks::{copy_block, dropout, fill_columns, scatter_rows, sum_groups};
 pub use cast::cast;
 pub use catalog::{Build, catalog};
 pub use conv::{conv, conv_backward_input, conv_backward_weight};
-pub use cross_entropy::{cross_entropy, cross_entropy_backward, logits_stats};
+pub use cross_entropy::{cross_entropy, cross_entropy_backward, logits_best, logits_stats};
 pub use decode::{cached_attention, paged_attention};
 pub use device::{Device, devices};
 pub use elementwise::{add, add_assign, add_bias, add_into, axpy, fill, mul, scale, sub};

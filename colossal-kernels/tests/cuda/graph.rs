@@ -113,6 +113,8 @@ fn a_graph_gives_its_scratch_back() {
     let mut out = Device::new(&stream, &[0.0f32; 16], 0);
     let mut lse = Device::new(&stream, &[0.0f32], 0);
     let lens = Device::new(&stream, &[299], 0);
+    let (ids, dy) = (Device::new(&stream, &[3], 0), Device::new(&stream, &[1.0f32], 0));
+    let mut dtable = Device::new(&stream, &vec![0.0f32; 100_000], 0);
     let q = keys.all().range(0..16).address();
     let mut step = || {
         // SAFETY: a part of `keys`, which outlives the graph.
@@ -125,8 +127,9 @@ fn a_graph_gives_its_scratch_back() {
         step().unwrap();
         // SAFETY: as above.
         let (graph, ()) = unsafe { Graph::record::<_, Error>(&stream, &mut step) }.unwrap();
-        // The stream's scratch is the graph's now: this makes another.
+        // The stream's scratch is the graph's now: this makes another, and a larger one of that.
         step().unwrap();
+        cuda::embedding_backward(&stream, ids.all(), dy.all(), 1, dtable.all_mut()).unwrap();
         graph.launch().unwrap();
         drop(graph);
         held.push(stream.device().reserved());

@@ -125,6 +125,15 @@ fn losses<T: Float>(stream: &Stream) {
         close("cross_entropy, lse", &lse2.get(), &lse, 5e-6);
         close("logits_stats, max", &max2.get(), &max, 0.0);
         close("logits_stats, sum", &sum2.get(), &sum, 5e-6);
+        // Rounded so that some are alike: the first of them counts.
+        let alike: Vec<T> = x.iter().map(|x| T::from_f32(x.to_f32().round())).collect();
+        let alike2 = Device::new(stream, &alike, skip);
+        let (mut best, mut best2) = (vec![-1; rows], Device::new(stream, &vec![-1; rows], 0));
+        cpu::logits_best(&alike, vocab, &mut best, &mut max);
+        let (b, l) = (best2.all_mut(), max2.all_mut());
+        cuda::logits_best(stream, alike2.all(), vocab, b, l).unwrap();
+        assert_eq!(best2.get(), best);
+        close("logits_best", &max2.get(), &max, 5e-6);
         let mut dx = x.clone();
         cpu::cross_entropy_backward(&dloss, &targets, vocab, -100, &lse, &mut dx);
         let (d, t, z) = (d2.all(), t2.all(), lse2.all());

@@ -107,6 +107,9 @@ twins! {
         x: View<'_, T>, keys: View<'_, u64>, first: View<'_, u64>, width: usize, p: f32,
         y: ViewMut<'_, T>,
     );
+    logits_best(
+        logits: View<'_, T>, vocab: usize, best: ViewMut<'_, i32>, logprobs: ViewMut<'_, f32>,
+    );
     logits_stats(
         logits: View<'_, T>, vocab: usize, max: ViewMut<'_, f32>, sum: ViewMut<'_, f32>,
     );

@@ -1,6 +1,7 @@
 //! The ops a model is written in: a layout rule, a kernel, and a backward that consumes.
 
 mod attention;
+mod best;
 mod block_embedding;
 mod cross_entropy;
 mod dropout;
@@ -19,6 +20,7 @@ mod rope;
 mod wide_norm;
 
 pub use attention::AttentionMask;
+pub use best::Best;
 pub use cross_entropy::IGNORE;
 pub use fp8::Fp8Recipe;
 pub use kv_cache::{Added, KvCache};
