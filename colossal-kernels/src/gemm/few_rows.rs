@@ -20,6 +20,8 @@ const GROUP: usize = 12;
 const PART: usize = 384;
 /// Bytes that weights are asked for before up to four rows read them.
 const AHEAD: usize = 32 << 10;
+/// Bytes of a page, at whose end the processor ceases to read ahead by itself.
+const PAGE: usize = 4096;
 /// Floats of a vector; a step of depth is one vector of each operand.
 const LANES: usize = 16;
 
@@ -101,7 +103,7 @@ impl<T: Float> Group<'_, T> {
     fn product(&self, packed: &[f32], each: usize, part: usize, sums: &mut [f32]) {
         let Group { b, first, count } = *self;
         let steps = b.rows.div_ceil(lanes::<T>());
-        let width = Self::width(packed.len() / (steps * LANES));
+        let width = self.width(packed.len() / (steps * LANES));
         // While a group is multiplied the next one is asked for, in the order of addresses; or what
         // follows soon, where columns are read whole.
         let column = |j: usize| b.data.as_ptr().wrapping_add((first + j) * b.col_stride);
@@ -125,10 +127,12 @@ impl<T: Float> Group<'_, T> {
         }
     }
 
-    /// Columns that a kernel takes at once.
-    fn width(rows: usize) -> usize {
+    /// Columns that a kernel takes at once: one, read in the order of addresses; three where products
+    /// take their time too; four for one row where each fills a page, so that several are read ahead.
+    fn width(&self, rows: usize) -> usize {
         match rows {
-            0..5 => 4,
+            0 | 1 if self.b.rows * size_of::<T>() >= PAGE => 4,
+            0..5 => 1,
             _ => 3,
         }
     }
@@ -171,8 +175,8 @@ impl<T: Float> Group<'_, T> {
                 };
             }
             match size_of::<T>() {
-                4 => call!(f32: 1 4, 2 4, 3 4, 4 4, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
-                _ => call!(bf16: 1 4, 2 4, 3 4, 4 4, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
+                4 => call!(f32: 1 1, 1 4, 2 1, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
+                _ => call!(bf16: 1 1, 1 4, 2 1, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
