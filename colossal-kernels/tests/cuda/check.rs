@@ -4,6 +4,9 @@ use bytemuck::Pod;
 use colossal_kernels::Float;
 use colossal_kernels::cuda::{Block, Slice, SliceMut, Stream, devices};
 
+/// Held by tests that count what blocks of the last device hold.
+pub(crate) static LAST_DEVICE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
 /// A stream of the first device, if there is one.
 pub(crate) fn stream() -> Option<Stream> {
     match devices().map(|d| d.len()) {
