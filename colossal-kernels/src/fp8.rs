@@ -13,6 +13,10 @@
 //!
 //! With blocks all of them are e4m3, as there.
 
+use std::sync::OnceLock;
+
+use half::bf16;
+
 use crate::float::Float;
 use crate::gemm::{Epilogue, Mat, MatMut, gemm, with_workspace};
 use crate::profile;
@@ -83,20 +87,19 @@ impl Fp8 {
     }
 
     /// Rounds to nearest even; what is too large becomes the largest.
+    #[inline]
     pub fn encode(self, x: f32) -> u8 {
-        if x.is_nan() {
-            return 0x7f;
-        }
         let (digits, bias) = self.layout();
         let (sign, size) = ((x.to_bits() >> 24) as u8 & 0x80, x.abs().min(self.max()));
-        // Below the least normal number, steps of the least number, which lead on to it.
+        // Below the least normal number, steps of the least number, which lead on to it: added to 2^23
+        // they are rounded to whole ones.
         let steps = size * f32::from_bits((127 + bias - 1 + digits) << 23);
-        if steps < (1 << digits) as f32 {
-            return sign | steps.round_ties_even() as u8;
-        }
+        let small = (steps + 8_388_608.0).to_bits() & 0xff;
         let (bits, drop) = (size.to_bits(), 23 - digits);
         let rounded = (bits + (1 << (drop - 1)) - 1 + (bits >> drop & 1)) >> drop;
-        sign | (rounded - ((127 - bias) << digits)) as u8
+        let normal = rounded.wrapping_sub((127 - bias) << digits);
+        let code = sign | if steps < (1 << digits) as f32 { small as u8 } else { normal as u8 };
+        if x.is_nan() { 0x7f } else { code }
     }
 
     /// The number, exactly.
@@ -113,6 +116,13 @@ impl Fp8 {
             _ => f32::from_bits((exponent + 127 - bias) << 23 | rest << (23 - digits)),
         }
     }
+}
+
+/// All numbers of a format, by their codes.
+fn numbers(format: Fp8) -> &'static [f32; 256] {
+    static NUMBERS: [OnceLock<[f32; 256]>; 2] = [OnceLock::new(), OnceLock::new()];
+    let own = &NUMBERS[usize::from(format == Fp8::E5m2)];
+    own.get_or_init(|| std::array::from_fn(|code| format.decode(code as u8)))
 }
 
 impl Fp8Scaling {
@@ -201,41 +211,59 @@ pub fn quantize_fp8<T: Float>(
     let [r, c] = check_quantize(x.len(), [rows, cols], transposed, scaling, sizes);
     let _span = profile::moves::<T>("quantize_fp8", x.len(), 2);
     let (pitch, height) = (fp8_pitch(c), 1usize << scaling.steps()[0].min(7));
-    let at = |i: usize, j: usize| if transposed { x[j * cols + i] } else { x[i * cols + j] };
+    // Elements of a row of the result, as they lie in x or across it.
+    let read = |i: usize, from: usize, to: &mut [f32]| match transposed {
+        false => {
+            let row = &x[i * cols + from..][..to.len()];
+            to.iter_mut().zip(row).for_each(|(to, x)| *to = x.to_f32());
+        }
+        true => {
+            let column = x[from * cols + i..].iter().step_by(cols);
+            to.iter_mut().zip(column).for_each(|(to, x)| *to = x.to_f32());
+        }
+    };
     // Bits of magnitudes are in the order of values, NaN above all: it is not lost.
-    let magnitude = |x: T| x.to_f32().to_bits() & 0x7fff_ffff;
+    let magnitude = |x: f32| x.to_bits() & 0x7fff_ffff;
     let scale_of = |most: u32| match f32::from_bits(most) {
         largest if largest < LEAST => LEAST,
         largest => largest,
     };
     let tensor = scaling == Fp8Scaling::Tensor;
     if tensor {
-        let most = x.iter().fold(0, |m, x| m.max(magnitude(*x)));
+        let most = x.iter().fold(0, |m, x| m.max(magnitude(x.to_f32())));
         scales[0] = scale_of(most) / format.max();
     }
     let whole = scales.first().copied().unwrap_or(1.0);
     let (q, scales) = (Parts::new(q), Parts::new(scales));
     parallel_for(r.div_ceil(height), 1 + (1 << 14) / (height * c).max(1), |bands| {
+        let mut tile = vec![0.0f32; height * GROUP];
         for band in bands {
             let own = band * height..((band + 1) * height).min(r);
             // SAFETY: each band has rows and scales of its own.
             let q = unsafe { q.range(own.start * pitch..own.end * pitch) };
             for (block, from) in (0..c).step_by(GROUP).enumerate() {
-                let cols = from..(from + GROUP).min(c);
+                let width = GROUP.min(c - from);
+                let rows = || own.clone().zip(0..height);
+                for (i, at) in rows() {
+                    read(i, from, &mut tile[at * width..(at + 1) * width]);
+                }
                 let inverse = if tensor {
                     1.0 / whole
                 } else {
-                    let all = own.clone().flat_map(|i| cols.clone().map(move |j| (i, j)));
-                    let largest = scale_of(all.fold(0, |m, (i, j)| m.max(magnitude(at(i, j)))));
+                    let all = &tile[..own.len() * width];
+                    let largest = scale_of(all.iter().fold(0, |m, x| m.max(magnitude(*x))));
                     let place = band * c.div_ceil(GROUP) + block;
                     // SAFETY: as above.
                     let scale = unsafe { scales.range(place..place + 1) };
                     scale[0] = largest / format.max();
                     format.max() / largest
                 };
-                for (i, q) in own.clone().zip(q.chunks_mut(pitch)) {
-                    for j in cols.clone() {
-                        q[j] = format.encode(at(i, j).to_f32() * inverse);
+                for (_, at) in rows() {
+                    let (x, q) =
+                        (&tile[at * width..][..width], &mut q[at * pitch + from..][..width]);
+                    match format {
+                        Fp8::E4m3 => round(x, inverse, q, Fp8::E4m3),
+                        Fp8::E5m2 => round(x, inverse, q, Fp8::E5m2),
                     }
                 }
             }
@@ -246,6 +274,12 @@ pub fn quantize_fp8<T: Float>(
     });
 }
 
+/// A loop that the compiler makes of vectors, once for each format.
+#[inline(always)]
+fn round(x: &[f32], inverse: f32, q: &mut [u8], format: Fp8) {
+    q.iter_mut().zip(x).for_each(|(q, x)| *q = format.encode(x * inverse));
+}
+
 /// The values of `a`, to a dense `[rows, cols]`.
 ///
 /// # Panics
@@ -253,22 +287,32 @@ pub fn quantize_fp8<T: Float>(
 pub fn dequantize_fp8<T: Float>(a: Fp8Mat<'_>, y: &mut [T]) {
     a.check("dequantize_fp8");
     assert_eq!(y.len(), a.rows * a.cols, "dequantize_fp8: [{}, {}]", a.rows, a.cols);
+    widen(a, true, y);
+}
+
+/// The numbers of `a`, times their scales or as they are.
+fn widen<T: Float>(a: Fp8Mat<'_>, scaled: bool, y: &mut [T]) {
     let _span = profile::moves::<T>("dequantize_fp8", y.len(), 2);
-    let y = Parts::new(y);
+    let (y, numbers) = (Parts::new(y), numbers(a.format));
     parallel_for(a.rows, 1 + (1 << 14) / a.cols.max(1), |rows| {
         for i in rows {
             // SAFETY: rows are disjoint.
             let y = unsafe { y.range(i * a.cols..(i + 1) * a.cols) };
-            for (j, (y, q)) in y.iter_mut().zip(&a.data[i * fp8_pitch(a.cols)..]).enumerate() {
-                let scale = a.scales[a.scaling.place(i, j, a.cols)];
-                *y = T::from_f32(a.format.decode(*q) * scale);
+            let q = &a.data[i * fp8_pitch(a.cols)..][..a.cols];
+            for (block, (y, q)) in y.chunks_mut(GROUP).zip(q.chunks(GROUP)).enumerate() {
+                let own = a.scaling.place(i, block * GROUP, a.cols);
+                let scale = if scaled { a.scales[own] } else { 1.0 };
+                for (y, q) in y.iter_mut().zip(q) {
+                    *y = T::from_f32(numbers[usize::from(*q)] * scale);
+                }
             }
         }
     });
 }
 
 /// `y [m, n] = a bᵀ + bias`, or `y += …`, of `a [m, k]` and `b [n, k]`. Nothing on a CPU multiplies them
-/// as they are: both are widened to f32 first, in scratch.
+/// as they are: they are widened first, in scratch; to f32, or, where each has one scale, to bf16, which
+/// holds both formats exactly.
 ///
 /// # Panics
 /// When sizes do not fit.
@@ -280,17 +324,42 @@ pub fn gemm_fp8<T: Float>(
     y: &mut [T],
 ) {
     check_gemm([a.rows, a.cols], [b.rows, b.cols], bias.map(<[T]>::len), y.len());
+    a.check("gemm_fp8");
+    b.check("gemm_fp8");
+    if let Some(bias) = bias {
+        for row in y.chunks_mut(bias.len().max(1)) {
+            match accumulate {
+                false => row.copy_from_slice(bias),
+                true => {
+                    let sums = row.iter_mut().zip(bias);
+                    sums.for_each(|(y, b)| *y = T::from_f32(y.to_f32() + b.to_f32()));
+                }
+            }
+        }
+    }
+    let accumulate = accumulate || bias.is_some();
+    if [a.scaling, b.scaling] == [Fp8Scaling::Tensor; 2] {
+        product::<bf16, T>(a, b, Some(a.scales[0] * b.scales[0]), accumulate, y);
+    } else {
+        product::<f32, T>(a, b, None, accumulate, y);
+    }
+}
+
+/// By a product of `W`; `alpha` instead of scales.
+fn product<W: Float, T: Float>(
+    a: Fp8Mat<'_>,
+    b: Fp8Mat<'_>,
+    alpha: Option<f32>,
+    accumulate: bool,
+    y: &mut [T],
+) {
     let (m, n, k) = (a.rows, b.rows, a.cols);
-    with_workspace((m + n) * k + n, |space| {
+    with_workspace(((m + n) * k * size_of::<W>()).div_ceil(size_of::<f32>()), |space| {
+        let space = &mut bytemuck::cast_slice_mut::<f32, W>(space)[..(m + n) * k];
         let (x, w) = space.split_at_mut(m * k);
-        let (w, wide) = w.split_at_mut(n * k);
-        dequantize_fp8(a, x);
-        dequantize_fp8(b, w);
-        let bias = bias.map(|bias| {
-            wide.iter_mut().zip(bias).for_each(|(wide, b)| *wide = b.to_f32());
-            &*wide
-        });
-        let e = Epilogue { bias, accumulate, ..Epilogue::default() };
+        widen(a, alpha.is_none(), x);
+        widen(b, alpha.is_none(), w);
+        let e = Epilogue { alpha: alpha.unwrap_or(1.0), accumulate, ..Epilogue::default() };
         gemm(Mat::new(x, m, k), Mat::new(w, n, k).t(), MatMut::new(y, m, n), &e);
     });
 }
