@@ -116,12 +116,14 @@ fn a_graph_gives_its_scratch_back() {
     let lens = Device::new(&stream, &[299], 0);
     let (ids, dy) = (Device::new(&stream, &[3], 0), Device::new(&stream, &[1.0f32], 0));
     let mut dtable = Device::new(&stream, &vec![0.0f32; 100_000], 0);
+    let mut small = Device::new(&stream, &[0.0f32; 8], 0);
     let q = keys.all().range(0..16).address();
     let mut step = || {
         // SAFETY: a part of `keys`, which outlives the graph.
         let q = unsafe { cuda::Slice::from_raw(q, 16) };
         let (k, o, l) = (keys.all(), out.all_mut(), lse.all_mut());
-        cuda::cached_attention(&stream, &shape, lens.all(), q, k, k, o, l)
+        cuda::cached_attention(&stream, &shape, lens.all(), q, k, k, o, l)?;
+        cuda::embedding_backward(&stream, ids.all(), dy.all(), 1, small.all_mut())
     };
     let mut held = vec![];
     for _ in 0..20 {
