@@ -3,12 +3,13 @@
 use crate::elementwise::check;
 use crate::float::Float;
 use crate::isa::simd;
-use crate::math::{erf, exp, sigmoid, tanh};
+use crate::math::{erf, exp, sigmoid};
 use crate::profile;
 use crate::threads::{Parts, parallel_for, rows};
 
-const SQRT_2_OVER_PI: f32 = 0.797_884_6;
-const CUBIC: f32 = 0.044_715;
+/// `2 u = x (TWICE_U1 + TWICE_U3 x²)` where `u = sqrt(2 / pi) (x + 0.044715 x³)`.
+const TWICE_U1: f32 = 1.595_769_1;
+const TWICE_U3: f32 = 0.071_354_82;
 const FRAC_1_SQRT_2PI: f32 = 0.398_942_3;
 
 macro_rules! activation {
@@ -62,13 +63,18 @@ activation! {
 }
 activation! {
     /// GELU by tanh: `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³)))`.
-    gelu_tanh, gelu_tanh_backward, |x| {
-        0.5 * x * (1.0 + tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x)))
-    }, {
-        let t = tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x));
-        let du = SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x);
-        0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * du
+    gelu_tanh, gelu_tanh_backward, |x| gelu_by_tanh(x), {
+        let square = x * x;
+        let s = sigmoid(x * square.mul_add(TWICE_U3, TWICE_U1));
+        let slope = square.mul_add(3.0 * TWICE_U3, TWICE_U1);
+        (x * slope).mul_add(s.mul_add(-s, s), s)
     }
+}
+
+/// `0.5 x (1 + tanh u)` is `x sigmoid(2 u)`.
+#[inline(always)]
+pub(crate) fn gelu_by_tanh(x: f32) -> f32 {
+    x * sigmoid(x * (x * x).mul_add(TWICE_U3, TWICE_U1))
 }
 
 /// `y = silu(gate) * up`.

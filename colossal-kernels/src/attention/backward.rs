@@ -142,7 +142,8 @@ impl Part<'_> {
                         let to = seen.end.min(from + block);
                         for tile in (from..to).step_by(mr) {
                             let rows = mr.min(to - tile);
-                            let q_first = s.first_query(b, tile).saturating_sub(first) / nr * nr;
+                            let unseen = s.first_query(b, tile).saturating_sub(first);
+                            let q_first = unseen / nr * nr;
                             let at = (tile - from) * QUERIES;
                             let (ka, va) = (&ka[tile * o.row_a..], &va[tile * o.row_a..]);
                             for col in (q_first..n).step_by(nr) {
@@ -193,7 +194,8 @@ impl Part<'_> {
                                 }
                             }
                             // dv += p do; dk += ds q; over the queries that see the tile.
-                            let (skip, depth) = (o.kernel.steps(q_first), o.kernel.steps(n));
+                            let skip = if o.kernel.pairs { unseen / 2 } else { unseen };
+                            let depth = o.kernel.steps(n);
                             if skip >= depth {
                                 continue;
                             }

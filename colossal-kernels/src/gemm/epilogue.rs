@@ -1,11 +1,12 @@
 //! What happens to a product on its way out, and where it goes.
 
 use super::Mat;
+use crate::activation::gelu_by_tanh;
 use crate::float::Float;
 use crate::isa::simd;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Isa, isa};
-use crate::math::{erf, sigmoid, tanh};
+use crate::math::{erf, sigmoid};
 use crate::threads::Parts;
 
 /// Applied to a value on its way out.
@@ -314,7 +315,7 @@ fn finish<E: Float>(e: &Epilogue<'_, E>, row: usize, col: usize, x: &[f32], y: &
         Activation::Silu => each(y, |x| x * sigmoid(x)),
         Activation::Gelu => each(y, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))),
         Activation::GeluTanh => {
-            each(y, |x| 0.5 * x * (1.0 + tanh(0.797_884_6 * (x + 0.044_715 * x * x * x))));
+            each(y, gelu_by_tanh);
         }
     }
     if let Some(gate) = part(&e.gate, row, col, x.len()) {
