@@ -8,7 +8,7 @@ use crate::profile;
 use crate::threads::{Parts, parallel_for, rows};
 
 /// `2 u = x (TWICE_U1 + TWICE_U3 x²)` where `u = sqrt(2 / pi) (x + 0.044715 x³)`.
-const TWICE_U1: f32 = 1.595_769;
+const TWICE_U1: f32 = 1.595_769_2;
 const TWICE_U3: f32 = 0.071_354_82;
 const FRAC_1_SQRT_2PI: f32 = 0.398_942_3;
 
