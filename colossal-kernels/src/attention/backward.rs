@@ -115,7 +115,7 @@ impl Part<'_> {
             for i in 0..blocks {
                 let n = block.min(keys - i * block);
                 let to = &mut ks[i * columns * panel_k..][..columns * panel_k];
-                o.steps(&k[kv_at + i * block * kv_row..], n, kv_row, block, to);
+                o.steps(&k[kv_at + i * block * kv_row..], n, kv_row, panel_k, to);
             }
             for h in kv_head * group..(kv_head + 1) * group {
                 let q_at = b * s.q_len * row + h * d;
@@ -125,8 +125,8 @@ impl Part<'_> {
                     let at = q_at + first * row;
                     o.columns(&q[at..], n, row, qc);
                     o.columns(&dout[at..], n, row, doc);
-                    o.steps(&q[at..], n, row, QUERIES, qs);
-                    o.steps(&dout[at..], n, row, QUERIES, dos);
+                    o.steps(&q[at..], n, row, panel_q, qs);
+                    o.steps(&dout[at..], n, row, panel_q, dos);
                     for r in 0..QUERIES {
                         // What does not exist, or saw nothing, has probability zero everywhere.
                         let real = r < n && lse[first + r] != f32::NEG_INFINITY;
@@ -160,6 +160,7 @@ impl Part<'_> {
                                     &mut pt[c..],
                                     QUERIES,
                                     false,
+                                    crate::gemm::micro::Ahead::lines(ka.as_ptr()),
                                 );
                                 o.kernel.tile(
                                     rows,
@@ -170,6 +171,7 @@ impl Part<'_> {
                                     &mut dst[c..],
                                     QUERIES,
                                     false,
+                                    crate::gemm::micro::Ahead::lines(ka.as_ptr()),
                                 );
                             }
                             let end = n.next_multiple_of(nr);
@@ -206,8 +208,26 @@ impl Part<'_> {
                             let at = (tile - from) * wide + skip;
                             let (depth, strides, c) = (depth - skip, [wide, 1], tile * o.row_c);
                             let (qs, dos) = (&qs[skip * nr..], &dos[skip * nr..]);
-                            o.head(rows, depth, &pa[at..], strides, dos, panel_q, &mut dva[c..]);
-                            o.head(rows, depth, &da[at..], strides, qs, panel_q, &mut dka[c..]);
+                            o.head(
+                                rows,
+                                depth,
+                                &pa[at..],
+                                strides,
+                                dos,
+                                panel_q,
+                                &mut dva[c..],
+                                true,
+                            );
+                            o.head(
+                                rows,
+                                depth,
+                                &da[at..],
+                                strides,
+                                qs,
+                                panel_q,
+                                &mut dka[c..],
+                                true,
+                            );
                         }
                         // dq += dsᵀ k, over the keys that a tile of queries sees.
                         if o.kernel.pairs {
@@ -222,7 +242,7 @@ impl Part<'_> {
                             let a = if o.kernel.pairs { &pairs[tile..] } else { &dst[tile..] };
                             let ks = &ks[i * columns * panel_k..];
                             let (depth, c) = (o.kernel.steps(end - from), tile * o.row_c);
-                            o.head(rows, depth, a, [1, QUERIES], ks, panel_k, &mut dqa[c..]);
+                            o.head(rows, depth, a, [1, QUERIES], ks, panel_k, &mut dqa[c..], true);
                         }
                     }
                     for r in 0..n {

@@ -1,12 +1,15 @@
 //! The forward pass: blocks of queries against blocks of keys.
 
+use std::f32::consts::{LN_2, LOG2_E};
+use std::ops::Range;
+
 use super::decode::one_query;
-use super::{AttentionShape, Operands, take};
+use super::{AttentionShape, Operands, Soon, take};
 use crate::cast::round;
 use crate::float::Float;
 use crate::gemm::with_workspace;
 use crate::isa::simd;
-use crate::math::exp;
+use crate::math::exp2;
 use crate::profile;
 use crate::threads::{Parts, count, parallel_for};
 
@@ -15,7 +18,7 @@ const FEW: usize = 4;
 /// Tiles of queries of one block.
 const TILES: usize = 4;
 /// Keys of one block.
-const KEYS: usize = 128;
+const KEYS: usize = 256;
 
 /// `out = softmax(scale q kᵀ + mask) v`; `lse [batch, heads, q_len]` keeps the log-sum-exp.
 ///
@@ -38,12 +41,13 @@ pub fn flash_attention<T: Float>(
     parallel_for(s.batch * s.heads, grain, |range| {
         let mut at = range.start;
         while at < range.end {
-            let (b, real) = (at / s.heads, s.q_real(at / s.heads));
-            // The next head, or all that this piece has of the sequence.
-            let end = if real <= FEW { range.end.min((b + 1) * s.heads) } else { at + 1 };
-            let heads = at - b * s.heads..end - b * s.heads;
-            let q_at = b * s.q_len * row + heads.start * d;
-            let kv_at = (b * s.kv_stride()).min(k.len());
+            let (b, h) = (at / s.heads, at % s.heads);
+            let real = s.q_real(b);
+            // All that this piece has of the sequence, or of those that share a key head.
+            let group = if real <= FEW { s.heads } else { s.heads / s.kv_heads };
+            let end = range.end.min(at - h % group + group);
+            let heads = h..h + end - at;
+            let q_at = b * s.q_len * row + h * d;
             // SAFETY: these (sequence, head) pairs are ours alone; rows are written one at a time.
             let out_row =
                 |i: usize| unsafe { out.range(q_at + i * row..q_at + i * row + heads.len() * d) };
@@ -54,6 +58,7 @@ pub fn flash_attention<T: Float>(
                 (0..heads.len()).for_each(|h| lse[h * s.q_len + i] = f32::NEG_INFINITY);
             }
             if real <= FEW {
+                let kv_at = (b * s.kv_stride()).min(k.len());
                 for i in 0..real {
                     let q = &q[q_at + i * row..q_at + i * row + heads.len() * d];
                     let of = |h: usize, x| lse[(h - heads.start) * s.q_len + i] = x;
@@ -61,113 +66,149 @@ pub fn flash_attention<T: Float>(
                     one_query(s, b, heads.clone(), i, x, out_row(i), of);
                 }
             } else {
-                let h = heads.start;
-                let kv_at = (kv_at + h / (s.heads / s.kv_heads) * d).min(k.len());
-                head(s, [b, h, real], &q[q_at..], &k[kv_at..], &v[kv_at..], &out_row, lse);
+                packed(s, at..end, [q, k, v], &out_row, lse);
             }
             at = end;
         }
     });
 }
 
-/// All queries of one head.
-fn head<'o, T: Float>(
+/// All queries of (sequence, head) pairs that share their keys, whose parts of a row of `out` lie
+/// together.
+fn packed<'o, T: Float>(
     s: &AttentionShape<'_>,
-    [b, h, real]: [usize; 3],
-    q: &[T],
-    k: &[T],
-    v: &[T],
+    pairs: Range<usize>,
+    qkv: [&[T]; 3],
     out_row: &impl Fn(usize) -> &'o mut [T],
     lse: &mut [f32],
 ) {
-    let o = Operands::of::<T>(s.head_dim);
+    let (b, o) = (pairs.start / s.heads, Operands::of::<T>(s.head_dim));
     let (row, kv_row) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
-    let (mr, nr, keys) = (o.kernel.mr, o.kernel.nr, s.kv_real(b));
+    let (mr, nr, real, keys) = (o.kernel.mr, o.kernel.nr, s.q_real(b), s.kv_real(b));
     let blocks = keys.div_ceil(KEYS);
     // Panels of one block of keys, and of one block of values.
-    let size_k = KEYS / nr * o.kernel.panel(nr, s.head_dim);
+    let panel_k = o.kernel.panel(nr, s.head_dim);
+    let size_k = KEYS / nr * panel_k;
     let panel_v = o.kernel.panel(nr, KEYS);
     let size_v = o.row_c / nr * panel_v;
-    let (rows, row_p) = (TILES * mr, o.kernel.steps(KEYS));
+    let rows = TILES * mr;
     let sizes = [
         blocks * size_k,
         blocks * size_v,
         rows * o.row_a,
         rows * o.row_c,
         mr * KEYS,
-        mr * row_p,
-        2 * rows,
+        mr * o.kernel.steps(KEYS),
     ];
+    let after = (pairs.end < s.batch * s.heads).then(|| s.of_pair(pairs.end, qkv));
+    let mut soon = Soon::default();
     with_workspace(sizes.iter().sum(), |mut space| {
-        let [kp, vp, qa, acc, scores, p, state] = sizes.map(|n| take(&mut space, n));
-        let (max, sum) = state.split_at_mut(rows);
-        for block in 0..blocks {
-            let at = block * KEYS;
-            let n = KEYS.min(keys - at);
-            o.columns(&k[at * kv_row..], n, kv_row, &mut kp[block * size_k..][..size_k]);
-            o.steps(&v[at * kv_row..], n, kv_row, KEYS, &mut vp[block * size_v..][..size_v]);
-        }
-        for first in (0..real).step_by(rows) {
-            let rows = rows.min(real - first);
-            o.rows(&q[first * row..], rows, row, qa);
-            acc.fill(0.0);
-            max.fill(f32::NEG_INFINITY);
-            sum.fill(0.0);
-            let seen = s.visible(b, first).start..s.visible(b, first + rows - 1).end;
-            for block in seen.start / KEYS..seen.end.div_ceil(KEYS) {
-                let at = block * KEYS;
-                for tile in (0..rows).step_by(mr) {
-                    let in_tile = mr.min(rows - tile);
-                    // What the last row sees is what the tile computes.
-                    let end = s.visible(b, first + tile + in_tile - 1).end;
-                    if end <= at || s.visible(b, first + tile).start >= at + KEYS {
-                        continue;
-                    }
-                    let n = (end - at).min(KEYS);
-                    let depth = o.kernel.steps(n);
-                    let qa = &qa[tile * o.row_a..];
-                    for (i, col) in (0..n).step_by(nr).enumerate() {
-                        let panel = o.kernel.panel(nr, s.head_dim);
-                        let kp = &kp[block * size_k + i * panel..];
-                        o.kernel.tile(
-                            in_tile,
-                            o.row_a,
-                            qa,
-                            [o.row_a, 1],
-                            kp,
-                            &mut scores[col..],
-                            KEYS,
-                            false,
-                        );
-                    }
-                    for r in 0..in_tile {
-                        let i = first + tile + r;
-                        let scores = &mut scores[r * KEYS..(r + 1) * KEYS];
-                        let seen = s.visible(b, i);
-                        let seen =
-                            seen.start.clamp(at, at + n) - at..seen.end.clamp(at, at + n) - at;
-                        let bias = s.bias.map(|x| {
-                            let row = b * x.batch_stride + h * x.head_stride + i * s.kv_len + at;
-                            &x.data[row + seen.start..row + seen.end.max(seen.start)]
-                        });
-                        let acc = &mut acc[(tile + r) * o.row_c..(tile + r + 1) * o.row_c];
-                        let (max, sum) = (&mut max[tile + r], &mut sum[tile + r]);
-                        online_softmax(scores, seen, s.scale, bias, max, sum, acc);
-                        if o.kernel.pairs {
-                            scores[n..2 * depth].fill(0.0);
-                            let p = &mut p[r * row_p..r * row_p + depth];
-                            round(&scores[..2 * depth], bytemuck::cast_slice_mut(p));
-                        }
-                    }
-                    let (p, row) = if o.kernel.pairs { (&*p, row_p) } else { (&*scores, KEYS) };
-                    let vp = &vp[block * size_v..];
-                    o.head(in_tile, depth, p, [row, 1], vp, panel_v, &mut acc[tile * o.row_c..]);
+        let [kp, vp, qa, acc, scores, p] = sizes.map(|n| take(&mut space, n));
+        // Blocks of keys that are packed.
+        let mut ready = 0;
+        for pair in pairs.clone() {
+            let (h, [q, k, v]) = (pair % s.heads, s.of_pair(pair, qkv));
+            let part = (pair - pairs.start) * s.head_dim;
+            let lse = &mut lse[(pair - pairs.start) * s.q_len..];
+            for first in (0..real).step_by(rows) {
+                let rows = rows.min(real - first);
+                o.rows(&q[first * row..], rows, row, qa);
+                match (first + rows < real, after) {
+                    (true, _) => soon.rows(2, &q[(first + rows) * row..], row, rows),
+                    (false, Some([q, ..])) => soon.rows(2, q, row, rows),
+                    _ => {}
                 }
-            }
-            for r in 0..rows {
-                let scale = if sum[r] > 0.0 { 1.0 / sum[r] } else { 0.0 };
-                store(&acc[r * o.row_c..], scale, out_row(first + r));
-                lse[first + r] = max[r] + sum[r].ln();
+                soon.rows(3, &out_row(first)[part..], row, rows);
+                let mut state = [State::new(); TILES];
+                let seen = s.visible(b, first).start..s.visible(b, first + rows - 1).end;
+                for block in seen.start / KEYS..seen.end.div_ceil(KEYS) {
+                    let at = block * KEYS;
+                    while ready <= block {
+                        let (from, n) = (ready * KEYS * kv_row, KEYS.min(keys - ready * KEYS));
+                        o.columns(&k[from..], n, kv_row, &mut kp[ready * size_k..][..size_k]);
+                        o.steps(
+                            &v[from..],
+                            n,
+                            kv_row,
+                            panel_v,
+                            &mut vp[ready * size_v..][..size_v],
+                        );
+                        ready += 1;
+                        let next = match after {
+                            _ if ready < blocks => [k, v].map(|x| &x[from + n * kv_row..]),
+                            Some([_, k, v]) => [k, v],
+                            None => continue,
+                        };
+                        soon.rows(0, next[0], kv_row, n);
+                        soon.rows(1, next[1], kv_row, n);
+                    }
+                    for (tile, state) in (0..rows).step_by(mr).zip(&mut state) {
+                        let in_tile = mr.min(rows - tile);
+                        let i = first + tile;
+                        // From what the first row sees to what the last one sees, in whole panels.
+                        let [top, last] = [i, i + in_tile - 1].map(|i| s.visible(b, i));
+                        if last.end <= at || top.start >= at + KEYS {
+                            continue;
+                        }
+                        let low = top.start.saturating_sub(at) / nr * nr;
+                        let n = (last.end - at).min(KEYS) - low;
+                        let (at, width) = (at + low, n.next_multiple_of(nr));
+                        let scores = &mut scores[..in_tile * width];
+                        let qa = &qa[tile * o.row_a..];
+                        let kp = &kp[block * size_k + low / nr * panel_k..];
+                        for (kp, col) in kp.chunks(panel_k).zip((0..width).step_by(nr)) {
+                            let to = &mut scores[col..];
+                            o.scores(in_tile, qa, kp, to, width, soon.next());
+                        }
+                        let mut scale = s.scale;
+                        if s.bias.is_some() || scale <= 0.0 {
+                            scores.iter_mut().for_each(|x| *x *= scale);
+                            scale = 1.0;
+                        }
+                        if s.bias.is_some() || last.start > at || top.end < at + width {
+                            for (scores, i) in scores.chunks_exact_mut(width).zip(i..) {
+                                let seen = s.visible(b, i);
+                                let [start, end] =
+                                    [seen.start, seen.end].map(|j| j.clamp(at, at + width) - at);
+                                if let Some(x) = s.bias {
+                                    let row = b * x.batch_stride + h * x.head_stride + i * s.kv_len;
+                                    let bias = &x.data[row + at + start..row + at + end];
+                                    let scores = scores[start..end].iter_mut();
+                                    scores.zip(bias).for_each(|(x, b)| *x += b);
+                                }
+                                scores[..start].fill(f32::NEG_INFINITY);
+                                scores[end..].fill(f32::NEG_INFINITY);
+                            }
+                        }
+                        let acc = &mut acc[tile * o.row_c..][..in_tile * o.row_c];
+                        online_softmax(scores, width, scale * LOG2_E, state);
+                        if state.begun {
+                            rescale(acc, o.row_c, &state.factor);
+                        }
+                        let (p, wide) = match o.kernel.pairs {
+                            true => {
+                                let p = &mut p[..in_tile * width / 2];
+                                round(scores, bytemuck::cast_slice_mut(p));
+                                (&*p, width / 2)
+                            }
+                            false => (&*scores, width),
+                        };
+                        let vp = &vp[block * size_v + o.kernel.steps(low) * nr..];
+                        let depth = o.kernel.steps(n);
+                        o.head(in_tile, depth, p, [wide, 1], vp, panel_v, acc, state.begun);
+                        state.begun = true;
+                    }
+                }
+                for r in 0..rows {
+                    let (state, r_in) = (&state[r / mr], r % mr);
+                    let (max, sum) = (state.max[r_in], state.sum[r_in]);
+                    let out = &mut out_row(first + r)[part..part + s.head_dim];
+                    match sum > 0.0 {
+                        true => store(&acc[r * o.row_c..], 1.0 / sum, out),
+                        false => out.fill(T::zeroed()),
+                    }
+                    lse[first + r] = LN_2 * max + sum.ln();
+                }
             }
         }
     });
@@ -182,51 +223,90 @@ simd! {
     }
 }
 
+/// Rows of a tile at most.
+const ROWS: usize = 16;
+
+/// What a tile of queries has seen, by row; maxima are of scores to base 2.
+#[derive(Clone, Copy)]
+struct State {
+    max: [f32; ROWS],
+    sum: [f32; ROWS],
+    /// By how much what came before the last block has shrunk beside it.
+    factor: [f32; ROWS],
+    /// Has there been a block?
+    begun: bool,
+}
+
+impl State {
+    fn new() -> State {
+        let (max, zero) = ([f32::NEG_INFINITY; ROWS], [0.0; ROWS]);
+        State { max, sum: zero, factor: zero, begun: false }
+    }
+}
+
 simd! {
-    /// Scores become probabilities relative to the running maximum (zeros outside of `seen`), and
-    /// what was accumulated before is scaled to it.
-    fn online_softmax(scores: &mut [f32], seen: std::ops::Range<usize>, scale: f32, bias: Option<&[f32]>, max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
-        let (start, end) = (seen.start, seen.end.max(seen.start));
-        let mut scale = scale;
-        if bias.is_some() || scale <= 0.0 {
-            scores[start..end].iter_mut().for_each(|x| *x *= scale);
-            scale = 1.0;
+    /// Rows of `width` scores, in vectors of 16, become probabilities relative to the running maximum.
+    /// What is not seen has score minus infinity. All rows are at the same stage, so that they do not
+    /// wait for each other's sums.
+    fn online_softmax(scores: &mut [f32], width: usize, scale: f32, state: &mut State) {
+        let mut tops = [[f32::NEG_INFINITY; 16]; ROWS];
+        for (row, lanes) in scores.chunks_exact(width).zip(&mut tops) {
+            let mut top = [f32::NEG_INFINITY; 16];
+            for c in row.as_chunks::<16>().0 {
+                for l in 0..16 {
+                    top[l] = larger(c[l], top[l]);
+                }
+            }
+            *lanes = top;
         }
-        if let Some(bias) = bias {
-            scores[start..end].iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+        let (mut new, mut sums) = (state.max, [0.0; ROWS]);
+        for (r, row) in scores.chunks_exact_mut(width).enumerate().take(ROWS) {
+            new[r] = larger(scale * halves(&tops[r], larger), new[r]);
+            let base = finite(new[r]);
+            let mut lanes = [0.0; 16];
+            for c in row.as_chunks_mut::<16>().0 {
+                for l in 0..16 {
+                    c[l] = exp2(scale.mul_add(c[l], -base));
+                    lanes[l] += c[l];
+                }
+            }
+            sums[r] = halves(&lanes, |a, b| a + b);
         }
-        // Whole vectors: what is not seen has score minus infinity, probability zero.
-        let (low, high) = (start / 16 * 16, end.next_multiple_of(16).min(scores.len()));
-        scores[..low].fill(0.0);
-        scores[low..start].fill(f32::NEG_INFINITY);
-        scores[end..high].fill(f32::NEG_INFINITY);
-        scores[high..].fill(0.0);
-        let (row, _) = scores[low..high].as_chunks_mut::<16>();
-        let mut lanes = [f32::NEG_INFINITY; 16];
-        for c in row.iter() {
-            for l in 0..16 {
-                lanes[l] = if c[l] > lanes[l] { c[l] } else { lanes[l] };
+        for r in 0..ROWS {
+            state.factor[r] = exp2(state.max[r] - finite(new[r]));
+            state.sum[r] = state.sum[r].mul_add(state.factor[r], sums[r]);
+        }
+        state.max = new;
+    }
+}
+
+/// Where nothing has been seen yet, all scores are minus infinity: zero serves as the maximum.
+#[inline(always)]
+fn finite(max: f32) -> f32 {
+    if max == f32::NEG_INFINITY { 0.0 } else { max }
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+/// All lanes together, by halves.
+#[inline(always)]
+fn halves(x: &[f32; 16], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let [mut eight, mut four] = [[0.0f32; 8], [0.0f32; 8]];
+    (0..8).for_each(|l| eight[l] = f(x[l], x[l + 8]));
+    (0..4).for_each(|l| four[l] = f(eight[l], eight[l + 4]));
+    f(f(four[0], four[2]), f(four[1], four[3]))
+}
+
+simd! {
+    /// Rows of `width` times their factors.
+    fn rescale(rows: &mut [f32], width: usize, factor: &[f32; ROWS]) {
+        for (row, factor) in rows.chunks_exact_mut(width).zip(factor) {
+            if *factor != 1.0 {
+                row.iter_mut().for_each(|x| *x *= factor);
             }
         }
-        let top = lanes.iter().copied().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b });
-        let new = (scale * top).max(*max);
-        if new == f32::NEG_INFINITY {
-            // Nothing seen yet.
-            row.as_flattened_mut().fill(0.0);
-            return;
-        }
-        let mut lanes = [0.0f32; 16];
-        for c in row {
-            for l in 0..16 {
-                c[l] = exp(scale.mul_add(c[l], -new));
-                lanes[l] += c[l];
-            }
-        }
-        let factor = exp(*max - new);
-        *sum = *sum * factor + lanes.iter().sum::<f32>();
-        if factor != 1.0 {
-            acc.iter_mut().for_each(|a| *a *= factor);
-        }
-        *max = new;
     }
 }

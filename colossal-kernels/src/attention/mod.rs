@@ -14,7 +14,7 @@ mod paged;
 
 use crate::float::Float;
 use crate::gemm::Mat;
-use crate::gemm::micro::Kernel;
+use crate::gemm::micro::{Ahead, Kernel};
 use crate::gemm::pack::panel;
 use crate::isa::simd;
 use crate::profile::Work;
@@ -125,6 +125,14 @@ impl AttentionShape<'_> {
         start..end
     }
 
+    /// `q`, `k` and `v` from the first rows of a (sequence, head) pair on.
+    fn of_pair<'x, T>(&self, pair: usize, [q, k, v]: [&'x [T]; 3]) -> [&'x [T]; 3] {
+        let (b, h) = (pair / self.heads, pair % self.heads);
+        let q_at = (b * self.q_len * self.heads + h) * self.head_dim;
+        let kv_at = b * self.kv_stride() + h / (self.heads / self.kv_heads) * self.head_dim;
+        [&q[q_at.min(q.len())..], &k[kv_at.min(k.len())..], &v[kv_at.min(v.len())..]]
+    }
+
     /// Products of `products` matrices per visible pair of a query and a key.
     fn work<T>(&self, products: usize, tensors: usize) -> Work {
         let pairs: usize = (0..self.batch)
@@ -219,18 +227,24 @@ impl Operands {
         }
     }
 
-    /// Rows as steps of operand `b`, panel by panel, each with room for `depth` steps.
-    fn steps<T: Float>(&self, x: &[T], rows: usize, stride: usize, depth: usize, out: &mut [f32]) {
+    /// Rows as steps of operand `b`; a panel begins `size` floats behind the one before.
+    fn steps<T: Float>(&self, x: &[T], rows: usize, stride: usize, size: usize, out: &mut [f32]) {
         let x = Mat { data: x, rows: self.dim, cols: rows, row_stride: 1, col_stride: stride };
-        let size = self.kernel.panel(self.kernel.nr, depth);
-        for (p, out) in out.chunks_exact_mut(size.max(1)).enumerate() {
+        for (p, out) in out.chunks_mut(size.max(1)).enumerate() {
             if p * self.kernel.nr < self.dim {
                 panel(&self.kernel, x, p * self.kernel.nr, self.kernel.nr, out);
             }
         }
     }
 
-    /// `c [rows, head] += a b` over `steps` of depth; panels of `b` lie `panel` apart.
+    /// `c [rows, nr] = a b`, the depth of a head: `a` as [`rows`](Self::rows), a panel of
+    /// [`columns`](Self::columns).
+    fn scores(&self, rows: usize, a: &[f32], b: &[f32], c: &mut [f32], stride: usize, next: Ahead) {
+        self.kernel.tile(rows, self.row_a, a, [self.row_a, 1], b, c, stride, false, next);
+    }
+
+    /// `c [rows, head] = a b`, or `c += a b` with `add`, over `steps` of depth; panels of `b` lie `panel`
+    /// apart.
     fn head(
         &self,
         rows: usize,
@@ -240,6 +254,7 @@ impl Operands {
         b: &[f32],
         panel: usize,
         c: &mut [f32],
+        add: bool,
     ) {
         for (p, col) in (0..self.row_c).step_by(self.kernel.nr).enumerate() {
             self.kernel.tile(
@@ -250,8 +265,42 @@ impl Operands {
                 &b[p * panel..],
                 &mut c[col..],
                 self.row_c,
-                true,
+                add,
+                Ahead::lines(a.as_ptr()),
             );
+        }
+    }
+}
+
+/// Rows that are read or written soon, of up to four matrices: tiles of scores fetch sixteen each, into
+/// the second-level cache, because rows of a head lie too far apart for the machine to foresee.
+struct Soon {
+    /// Where rows begin, bytes from one to the next, how many.
+    of: [(*const u8, usize, usize); 4],
+}
+
+impl Default for Soon {
+    fn default() -> Soon {
+        Soon { of: [(std::ptr::null(), 0, 0); 4] }
+    }
+}
+
+impl Soon {
+    /// Fetch `n` rows from `x` on that lie `stride` elements apart, as the `i`th.
+    fn rows<T>(&mut self, i: usize, x: &[T], stride: usize, n: usize) {
+        self.of[i] = (x.as_ptr().cast(), stride * size_of::<T>(), n);
+    }
+
+    /// What one tile fetches.
+    fn next(&mut self) -> Ahead {
+        match self.of.iter_mut().find(|(.., n)| *n > 0) {
+            Some((at, stride, n)) => {
+                let next = Ahead::strided(*at, *stride);
+                *at = at.wrapping_add(16 * *stride);
+                *n = n.saturating_sub(16);
+                next
+            }
+            None => Ahead::strided(self.of[0].0, 0),
         }
     }
 }

@@ -31,7 +31,7 @@ type Run = unsafe fn(usize, *const f32, [usize; 2], *const f32, *mut f32, usize,
 /// `near` bytes apart, then sixteen more, `far` bytes behind the first.
 #[derive(Clone, Copy)]
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "plain code asks for nothing"))]
-pub(super) struct Ahead {
+pub(crate) struct Ahead {
     at: *const u8,
     near: usize,
     far: usize,
@@ -39,8 +39,13 @@ pub(super) struct Ahead {
 
 impl Ahead {
     /// Lines side by side: a packed panel.
-    pub(super) fn lines(at: *const f32) -> Ahead {
+    pub(crate) fn lines(at: *const f32) -> Ahead {
         Ahead { at: at.cast(), near: 64, far: 16 * 64 }
+    }
+
+    /// Rows `stride` bytes apart, line by line of sixteen at a time.
+    pub(crate) fn strided(at: *const u8, stride: usize) -> Ahead {
+        Ahead { at, near: stride, far: 64 }
     }
 
     /// Part 0 or 1 of rows of `x` from `first` on, as many as make a panel, before they are packed or
@@ -100,9 +105,9 @@ impl Kernel {
         c: &mut [f32],
         stride: usize,
         add: bool,
+        next: Ahead,
     ) {
         assert!(c.len() >= (rows - 1) * stride + self.nr);
-        let next = Ahead::lines(a.as_ptr());
         // SAFETY: the tile is in bounds by the assertion.
         unsafe { self.tile_at(rows, steps, a, strides, b, c.as_mut_ptr(), stride, add, next) }
     }
