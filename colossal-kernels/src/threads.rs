@@ -294,6 +294,11 @@ impl<T> Parts<T> {
         self.1
     }
 
+    /// Where it starts.
+    pub(crate) fn start(&self) -> *mut T {
+        self.0
+    }
+
     /// The same promise for `range` alone.
     pub(crate) fn part(&self, range: Range<usize>) -> Parts<T> {
         Parts(self.at(range.clone()), range.len())

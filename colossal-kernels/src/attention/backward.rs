@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::forward::store;
-use super::{AttentionShape, Operands, take};
+use super::{AttentionShape, Operands, Soon, take};
 use crate::cast::round;
 use crate::float::Float;
 use crate::gemm::with_workspace;
@@ -40,19 +40,11 @@ pub fn flash_attention_backward<T: Float>(
         "attention_backward: gradients are as long as what they belong to"
     );
     assert_eq!(s.kv_batch_stride, 0, "attention_backward: keys must be dense");
-    let (dq, dk, dv) = (Parts::new(dq), Parts::new(dk), Parts::new(dv));
+    let to = [Parts::new(dq), Parts::new(dk), Parts::new(dv)];
     parallel_for(s.batch * s.kv_heads, 1, |range| {
         for bh in range {
             let part = Part { s, b: bh / s.kv_heads, kv_head: bh % s.kv_heads };
-            part.run([q, k, v, out, dout], lse, |to, at, values: Option<(&[f32], f32)>| {
-                // SAFETY: this key head and its query heads are ours alone; rows are written one
-                // at a time.
-                let to = unsafe { [&dq, &dk, &dv][to].range(at..at + s.head_dim) };
-                match values {
-                    Some((values, scale)) => store(values, scale, to),
-                    None => to.fill(T::zeroed()),
-                }
-            });
+            part.run([q, k, v, out, dout], lse, &to);
         }
     });
 }
@@ -65,27 +57,30 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// `write(0, 1 or 2 for q, k or v, start of the row, values and their factor)`.
-    fn run<T: Float>(
-        &self,
-        [q, k, v, out, dout]: [&[T]; 5],
-        lse: &[f32],
-        write: impl Fn(usize, usize, Option<(&[f32], f32)>),
-    ) {
+    fn run<T: Float>(&self, [q, k, v, out, dout]: [&[T]; 5], lse: &[f32], to: &[Parts<T>; 3]) {
         let Part { s, b, kv_head } = *self;
         let o = Operands::of::<T>(s.head_dim);
         let (d, row, kv_row) = (s.head_dim, s.heads * s.head_dim, s.kv_heads * s.head_dim);
         let (mr, nr, group) = (o.kernel.mr, o.kernel.nr, s.heads / s.kv_heads);
         let (queries, keys) = (s.q_real(b), s.kv_real(b));
         let kv_at = (b * s.kv_stride() + kv_head * d).min(k.len());
+        let write = |to: &Parts<T>, at: usize, values: Option<(&[f32], f32)>| {
+            // SAFETY: this key head and its query heads are ours alone; rows are written one at a
+            // time.
+            let to = unsafe { to.range(at..at + d) };
+            match values {
+                Some((values, scale)) => store(values, scale, to),
+                None => to.fill(T::zeroed()),
+            }
+        };
         let block = (KEYS / mr * mr).next_multiple_of(2);
-        debug_assert!(block.is_multiple_of(mr) && QUERIES.is_multiple_of(nr));
+        debug_assert!(block.is_multiple_of(mr) && QUERIES.is_multiple_of(nr) && mr <= nr);
         let (blocks, padded) = (keys.div_ceil(block), keys.next_multiple_of(mr));
         let (panel_d, panel_q) = (o.kernel.panel(nr, d), o.kernel.panel(nr, QUERIES));
         let panel_k = o.kernel.panel(nr, block);
         let (columns, row_t) = (o.row_c / nr, o.kernel.steps(QUERIES));
         let rows_q = QUERIES.next_multiple_of(mr);
-        let half = if o.kernel.pairs { block * row_t } else { 0 };
+        let (half, pairs) = if o.kernel.pairs { (mr * row_t, block / 2) } else { (0, 0) };
         let sizes = [
             2 * padded * o.row_a,       // keys and values as rows
             blocks * columns * panel_k, // keys as steps
@@ -93,20 +88,21 @@ impl Part<'_> {
             2 * QUERIES / nr * panel_d, // queries and dout as columns
             2 * columns * panel_q,      // queries and dout as steps
             rows_q * o.row_c,           // gradient of queries
-            2 * block * QUERIES + mr,   // probabilities and their gradients, transposed
-            3 * half + mr,              // both in bf16; the latter also by pairs of keys
+            mr * QUERIES,               // probabilities of a tile of keys, transposed
+            block * QUERIES,            // their gradients, of a block
+            2 * half,                   // both of a tile in bf16
+            pairs * QUERIES,            // the latter of a block by pairs of keys
             2 * QUERIES,                // statistics of queries
         ];
+        let mut soon = Soon::default();
         with_workspace(sizes.iter().sum(), |mut space| {
-            let [rows, ks, dkv, cols, steps, dqa, scores, halves, stats] =
+            let [rows, ks, dkv, cols, steps, dqa, pt, dst, halves, pairs, stats] =
                 sizes.map(|n| take(&mut space, n));
             let (ka, va) = rows.split_at_mut(padded * o.row_a);
             let (dka, dva) = dkv.split_at_mut(padded * o.row_c);
             let (qc, doc) = cols.split_at_mut(QUERIES / nr * panel_d);
             let (qs, dos) = steps.split_at_mut(columns * panel_q);
-            let (pt, dst) = scores.split_at_mut(block * QUERIES);
-            let (pt16, rest) = halves.split_at_mut(half);
-            let (dst16, pairs) = rest.split_at_mut(half);
+            let (pt16, dst16) = halves.split_at_mut(half);
             let (lses, deltas) = stats.split_at_mut(QUERIES);
             dka.fill(0.0);
             dva.fill(0.0);
@@ -135,6 +131,7 @@ impl Part<'_> {
                         deltas[r] =
                             if real { dot(&dout[at..at + d], &out[at..at + d]) } else { 0.0 };
                     }
+                    self.ask(&mut soon, h, first, [q, k, v, out, dout], to);
                     dqa.fill(0.0);
                     let seen = s.visible(b, first).start..s.visible(b, first + n - 1).end;
                     for i in seen.start / block..seen.end.div_ceil(block) {
@@ -142,58 +139,35 @@ impl Part<'_> {
                         let to = seen.end.min(from + block);
                         for tile in (from..to).step_by(mr) {
                             let rows = mr.min(to - tile);
+                            // Of the queries that see the tile's first key, whole panels.
                             let unseen = s.first_query(b, tile).saturating_sub(first);
-                            let q_first = unseen / nr * nr;
-                            let at = (tile - from) * QUERIES;
+                            let (q_first, end) = (unseen / nr * nr, n.next_multiple_of(nr));
+                            let at = if o.kernel.pairs { 0 } else { (tile - from) * QUERIES };
+                            let dst = &mut dst[at..at + rows * QUERIES];
                             let (ka, va) = (&ka[tile * o.row_a..], &va[tile * o.row_a..]);
                             for col in (q_first..n).step_by(nr) {
                                 let p = col / nr * panel_d;
-                                let (qc, doc) = (&qc[p..], &doc[p..]);
-                                let strides = [o.row_a, 1];
-                                let c = at + col;
-                                o.kernel.tile(
-                                    rows,
-                                    o.row_a,
-                                    ka,
-                                    strides,
-                                    qc,
-                                    &mut pt[c..],
-                                    QUERIES,
-                                    false,
-                                    crate::gemm::micro::Ahead::lines(ka.as_ptr()),
-                                );
-                                o.kernel.tile(
-                                    rows,
-                                    o.row_a,
-                                    va,
-                                    strides,
-                                    doc,
-                                    &mut dst[c..],
-                                    QUERIES,
-                                    false,
-                                    crate::gemm::micro::Ahead::lines(ka.as_ptr()),
-                                );
+                                let (p_to, ds_to) = (&mut pt[col..], &mut dst[col..]);
+                                o.scores(rows, ka, &qc[p..], p_to, QUERIES, soon.next());
+                                o.scores(rows, va, &doc[p..], ds_to, QUERIES, soon.next());
                             }
-                            let end = n.next_multiple_of(nr);
-                            for j in tile..(tile + mr) {
-                                let at = (j - from) * QUERIES;
-                                let (p, ds) =
-                                    (&mut pt[at..at + QUERIES], &mut dst[at..at + QUERIES]);
-                                let seen = self.seen_by(j, first..first + n, keys);
-                                let seen = seen.start.max(q_first)..seen.end;
-                                if let Some(x) = s.bias {
-                                    let at = b * x.batch_stride + h * x.head_stride + j;
-                                    for q in seen.clone() {
-                                        p[q] += x.data[at + (first + q) * s.kv_len] / s.scale;
-                                    }
-                                }
-                                gradient(p, ds, lses, deltas, s.scale, seen, end);
-                                if o.kernel.pairs {
-                                    let at = (j - from) * row_t;
-                                    let span = at..at + row_t;
-                                    round(p, bytemuck::cast_slice_mut(&mut pt16[span.clone()]));
-                                    round(ds, bytemuck::cast_slice_mut(&mut dst16[span]));
-                                }
+                            self.mask(pt, h, tile..tile + rows, first..first + n, q_first);
+                            for (p, ds) in
+                                pt.chunks_exact_mut(QUERIES).zip(dst.chunks_exact_mut(QUERIES))
+                            {
+                                // A tile of queries may begin before, of which the last sees the key.
+                                ds[q_first.saturating_sub(nr)..q_first].fill(0.0);
+                                let seen = q_first..end;
+                                let (p, ds) = (&mut p[seen.clone()], &mut ds[seen.clone()]);
+                                let stats = (&lses[seen.clone()], &deltas[seen]);
+                                gradient(p, ds, stats.0, stats.1, s.scale);
+                            }
+                            if o.kernel.pairs {
+                                let n = rows * QUERIES;
+                                round(&pt[..n], bytemuck::cast_slice_mut(&mut pt16[..n / 2]));
+                                round(dst, bytemuck::cast_slice_mut(&mut dst16[..n / 2]));
+                                let to = &mut pairs[(tile - from) / 2 * QUERIES..];
+                                interleave(dst16, row_t, rows, to);
                             }
                             // dv += p do; dk += ds q; over the queries that see the tile.
                             let skip = if o.kernel.pairs { unseen / 2 } else { unseen };
@@ -205,68 +179,110 @@ impl Part<'_> {
                                 true => (&*pt16, &*dst16, row_t),
                                 false => (&*pt, &*dst, QUERIES),
                             };
-                            let at = (tile - from) * wide + skip;
                             let (depth, strides, c) = (depth - skip, [wide, 1], tile * o.row_c);
-                            let (qs, dos) = (&qs[skip * nr..], &dos[skip * nr..]);
-                            o.head(
-                                rows,
-                                depth,
-                                &pa[at..],
-                                strides,
-                                dos,
-                                panel_q,
-                                &mut dva[c..],
-                                true,
-                            );
-                            o.head(
-                                rows,
-                                depth,
-                                &da[at..],
-                                strides,
-                                qs,
-                                panel_q,
-                                &mut dka[c..],
-                                true,
-                            );
+                            let (pa, qs, dos) = (&pa[skip..], &qs[skip * nr..], &dos[skip * nr..]);
+                            o.head(rows, depth, pa, strides, dos, panel_q, &mut dva[c..], true);
+                            let da = &da[skip..];
+                            o.head(rows, depth, da, strides, qs, panel_q, &mut dka[c..], true);
                         }
                         // dq += dsᵀ k, over the keys that a tile of queries sees.
-                        if o.kernel.pairs {
-                            interleave(dst16, row_t, (to - from).next_multiple_of(mr), pairs);
-                        }
+                        let ds = if o.kernel.pairs { &*pairs } else { &*dst };
                         for tile in (0..n).step_by(mr) {
                             let rows = mr.min(n - tile);
                             let end = s.visible(b, first + tile + rows - 1).end.min(to);
                             if end <= from {
                                 continue;
                             }
-                            let a = if o.kernel.pairs { &pairs[tile..] } else { &dst[tile..] };
                             let ks = &ks[i * columns * panel_k..];
                             let (depth, c) = (o.kernel.steps(end - from), tile * o.row_c);
-                            o.head(rows, depth, a, [1, QUERIES], ks, panel_k, &mut dqa[c..], true);
+                            let (a, strides) = (&ds[tile..], [1, QUERIES]);
+                            o.head(rows, depth, a, strides, ks, panel_k, &mut dqa[c..], true);
                         }
                     }
                     for r in 0..n {
-                        write(0, at + r * row, Some((&dqa[r * o.row_c..], s.scale)));
+                        write(&to[0], at + r * row, Some((&dqa[r * o.row_c..], s.scale)));
                     }
                 }
                 for i in queries..s.q_len {
-                    write(0, q_at + i * row, None);
+                    write(&to[0], q_at + i * row, None);
                 }
             }
             for j in 0..s.kv_len {
                 let (at, c) = (kv_at + j * kv_row, j * o.row_c);
-                write(1, at, (j < keys).then(|| (&dka[c..], s.scale)));
-                write(2, at, (j < keys).then(|| (&dva[c..], 1.0)));
+                write(&to[1], at, (j < keys).then(|| (&dka[c..], s.scale)));
+                write(&to[2], at, (j < keys).then(|| (&dva[c..], 1.0)));
             }
         });
     }
 
-    /// Queries of the block, counted from its start, that see key `j`.
-    fn seen_by(&self, j: usize, block: Range<usize>, keys: usize) -> Range<usize> {
-        let n = block.len();
-        if j >= keys {
-            return 0..0;
+    /// Has fetched what comes after the block of queries from `first` on: the next block, its own
+    /// gradient and, of the last head, as many keys of the next one and as many gradients of these.
+    fn ask<T: Float>(
+        &self,
+        soon: &mut Soon,
+        h: usize,
+        first: usize,
+        [q, k, v, out, dout]: [&[T]; 5],
+        to: &[Parts<T>; 3],
+    ) {
+        let Part { s, b, kv_head } = *self;
+        let (d, row, kv_row) = (s.head_dim, s.heads * s.head_dim, s.kv_heads * s.head_dim);
+        let at = b * s.q_len * row + h * d;
+        let next = match first + QUERIES < s.q_real(b) {
+            true => at + (first + QUERIES) * row,
+            // The next head's, or the next sequence's.
+            false if h + 1 < s.heads => at + d,
+            false => (b + 1) * s.q_len * row,
+        };
+        for (i, x) in [q, dout, out].into_iter().enumerate() {
+            soon.rows(i, x.as_ptr().wrapping_add(next), row, QUERIES);
         }
+        soon.rows(3, to[0].start().wrapping_add(at + first * row), row, QUERIES);
+        if (h + 1).is_multiple_of(s.heads / s.kv_heads) {
+            let here = b * s.kv_stride() + kv_head * d + first * kv_row;
+            let next = match kv_head + 1 < s.kv_heads {
+                true => here + d,
+                false => (b + 1) * s.kv_stride() + first * kv_row,
+            };
+            for (i, x) in [k, v].into_iter().enumerate() {
+                soon.rows(4 + i, x.as_ptr().wrapping_add(next), kv_row, QUERIES);
+                soon.rows(6 + i, to[1 + i].start().wrapping_add(here), kv_row, QUERIES);
+            }
+        }
+    }
+
+    /// Adds the bias to scores of a tile of keys, transposed; what queries from column `from` on do not
+    /// see becomes minus infinity.
+    fn mask(
+        &self,
+        scores: &mut [f32],
+        h: usize,
+        tile: Range<usize>,
+        block: Range<usize>,
+        from: usize,
+    ) {
+        let Part { s, b, .. } = *self;
+        let unseen = s.first_query(b, tile.end - 1).saturating_sub(block.start);
+        if unseen <= from && s.window.is_none() && s.bias.is_none() {
+            return;
+        }
+        for (scores, j) in scores.chunks_exact_mut(QUERIES).zip(tile) {
+            let seen = self.seen_by(j, block.clone());
+            let seen = seen.start.max(from)..seen.end.max(from);
+            if let Some(x) = s.bias {
+                let at = b * x.batch_stride + h * x.head_stride + j;
+                for q in seen.clone() {
+                    scores[q] += x.data[at + (block.start + q) * s.kv_len] / s.scale;
+                }
+            }
+            scores[from..seen.start].fill(f32::NEG_INFINITY);
+            scores[seen.end..].fill(f32::NEG_INFINITY);
+        }
+    }
+
+    /// Queries of the block, counted from its start, that see key `j`.
+    fn seen_by(&self, j: usize, block: Range<usize>) -> Range<usize> {
+        let n = block.len();
         let start = self.s.first_query(self.b, j).saturating_sub(block.start).min(n);
         let end = match self.s.window {
             Some(_) => {
@@ -295,23 +311,15 @@ simd! {
 }
 
 simd! {
-    /// Of one key: scores become probabilities, their gradients `p (dp - delta)`; zeros for
-    /// queries up to `end` that do not see it.
-    fn gradient(p: &mut [f32], ds: &mut [f32], lse: &[f32], delta: &[f32], scale: f32, seen: Range<usize>, end: usize) {
-        let (start, stop) = (seen.start.min(end), seen.end.min(end));
-        if start >= stop {
-            p[..end].fill(0.0);
-            ds[..end].fill(0.0);
-            return;
-        }
-        p[..start].fill(0.0);
-        ds[..start].fill(0.0);
-        p[stop..end].fill(0.0);
-        ds[stop..end].fill(0.0);
-        let (p, ds) = (&mut p[start..stop], &mut ds[start..stop]);
-        for (((p, ds), lse), delta) in p.iter_mut().zip(ds).zip(&lse[start..stop]).zip(&delta[start..stop]) {
-            *p = exp(scale.mul_add(*p, -lse));
-            *ds = *p * (*ds - delta);
+    /// Of one key: scores become probabilities, what is in `ds` their gradients `p (dp - delta)`; by
+    /// vectors of 16.
+    fn gradient(p: &mut [f32], ds: &mut [f32], lse: &[f32], delta: &[f32], scale: f32) {
+        let ([p, ds], [lse, delta]) = ([p, ds].map(|x| x.as_chunks_mut::<16>().0), [lse, delta].map(|x| x.as_chunks::<16>().0));
+        for (((p, ds), lse), delta) in p.iter_mut().zip(ds).zip(lse).zip(delta) {
+            for l in 0..16 {
+                p[l] = exp(scale.mul_add(p[l], -lse[l]));
+                ds[l] = p[l] * (ds[l] - delta[l]);
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The forward pass: blocks of queries against blocks of keys.
 
-use std::f32::consts::{LN_2, LOG2_E};
+use std::f32::consts::LOG2_E;
+use std::f64::consts::LN_2;
 use std::ops::Range;
 
 use super::decode::one_query;
@@ -114,11 +115,11 @@ fn packed<'o, T: Float>(
                 let rows = rows.min(real - first);
                 o.rows(&q[first * row..], rows, row, qa);
                 match (first + rows < real, after) {
-                    (true, _) => soon.rows(2, &q[(first + rows) * row..], row, rows),
-                    (false, Some([q, ..])) => soon.rows(2, q, row, rows),
+                    (true, _) => soon.rows(2, q[(first + rows) * row..].as_ptr(), row, rows),
+                    (false, Some([q, ..])) => soon.rows(2, q.as_ptr(), row, rows),
                     _ => {}
                 }
-                soon.rows(3, &out_row(first)[part..], row, rows);
+                soon.rows(3, out_row(first)[part..].as_ptr(), row, rows);
                 let mut state = [State::new(); TILES];
                 let seen = s.visible(b, first).start..s.visible(b, first + rows - 1).end;
                 for block in seen.start / KEYS..seen.end.div_ceil(KEYS) {
@@ -139,8 +140,8 @@ fn packed<'o, T: Float>(
                             Some([_, k, v]) => [k, v],
                             None => continue,
                         };
-                        soon.rows(0, next[0], kv_row, n);
-                        soon.rows(1, next[1], kv_row, n);
+                        soon.rows(0, next[0].as_ptr(), kv_row, n);
+                        soon.rows(1, next[1].as_ptr(), kv_row, n);
                     }
                     for (tile, state) in (0..rows).step_by(mr).zip(&mut state) {
                         let in_tile = mr.min(rows - tile);
@@ -207,7 +208,7 @@ fn packed<'o, T: Float>(
                         true => store(&acc[r * o.row_c..], 1.0 / sum, out),
                         false => out.fill(T::zeroed()),
                     }
-                    lse[first + r] = LN_2 * max + sum.ln();
+                    lse[first + r] = (f64::from(max) * LN_2 + f64::from(sum.ln())) as f32;
                 }
             }
         }

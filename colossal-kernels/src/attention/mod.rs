@@ -272,36 +272,40 @@ impl Operands {
     }
 }
 
-/// Rows that are read or written soon, of up to four matrices: tiles of scores fetch sixteen each, into
-/// the second-level cache, because rows of a head lie too far apart for the machine to foresee.
+/// Rows that are read or written soon, of some matrices: each tile of scores fetches sixteen into the
+/// second-level cache, because rows of a head lie too far apart for the machine to foresee.
 struct Soon {
     /// Where rows begin, bytes from one to the next, how many.
-    of: [(*const u8, usize, usize); 4],
+    of: [(*const u8, usize, usize); 8],
+    /// Whose turn it is.
+    turn: usize,
 }
 
 impl Default for Soon {
     fn default() -> Soon {
-        Soon { of: [(std::ptr::null(), 0, 0); 4] }
+        Soon { of: [(std::ptr::null(), 0, 0); 8], turn: 0 }
     }
 }
 
 impl Soon {
     /// Fetch `n` rows from `x` on that lie `stride` elements apart, as the `i`th.
-    fn rows<T>(&mut self, i: usize, x: &[T], stride: usize, n: usize) {
-        self.of[i] = (x.as_ptr().cast(), stride * size_of::<T>(), n);
+    fn rows<T>(&mut self, i: usize, x: *const T, stride: usize, n: usize) {
+        self.of[i] = (x.cast(), stride * size_of::<T>(), n);
+        self.turn = 0;
     }
 
     /// What one tile fetches.
     fn next(&mut self) -> Ahead {
-        match self.of.iter_mut().find(|(.., n)| *n > 0) {
-            Some((at, stride, n)) => {
+        while let Some((at, stride, n)) = self.of.get_mut(self.turn) {
+            if *n > 0 {
                 let next = Ahead::strided(*at, *stride);
                 *at = at.wrapping_add(16 * *stride);
                 *n = n.saturating_sub(16);
-                next
+                return next;
             }
-            None => Ahead::strided(self.of[0].0, 0),
+            self.turn += 1;
         }
+        Ahead::strided(self.of[0].0, 0)
     }
 }
 
