@@ -63,7 +63,7 @@ pub fn logits(request: &Request<'_>, out: &Path) -> Result<()> {
         let all = vec![true; seq];
         let sequences: Vec<(&[i32], &[bool])> = rows.iter().map(|r| (&r[..], &all[..])).collect();
         let batch = Batch::new(&sequences, 0)?;
-        let loss = lm_loss(&model, &batch, None)?.scale(1.0 / batch.learnt() as f32)?;
+        let loss = lm_loss(&model, &batch, None, 1.0 / batch.learnt() as f32)?;
         tensors.insert("loss".into(), Owned::from_f32(&[loss.item()?], &[1], Dtype::F32)?);
         let grads = loss.backward()?;
         let gathered = hf::gather(

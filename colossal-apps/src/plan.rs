@@ -99,7 +99,7 @@ pub fn check(config: &DecoderConfig, plan: &Plan, batch: usize, seq: usize) -> R
     Ok(fake::check(&plan.axes(), plan.sharding(), plan.precision.dtype(), |params| {
         let stack = Stack::build::<Decoder>(params, config)?.recompute(plan.recompute);
         let model = CausalLm { config: config.clone(), stack, params: params.clone() };
-        lm_loss(&model, &batch, Some(training))
+        lm_loss(&model, &batch, Some(training), 1.0)
     })?)
 }
 

@@ -168,6 +168,7 @@ impl<'m> Decoding<'m> {
             mask: AttentionMask::causal(),
             cache: Some((self.cache.clone(), added)),
             head_at: None,
+            goal: None,
             real: None,
             training: None,
         }

@@ -27,6 +27,8 @@ pub struct Tokens {
     pub cache: Option<(Arc<Mutex<KvCache>>, Added)>,
     /// The head reads only this position of each sequence.
     pub head_at: Option<Vec<usize>>,
+    /// The head computes their loss instead of logits.
+    pub goal: Option<Goal>,
     /// 1 for real tokens and 0 for padding, laid out as `ids`; all are real if `None`.
     pub real: Option<Tensor>,
     /// What is different while training; `None` turns dropout and auxiliary losses off.
@@ -44,6 +46,17 @@ pub struct Training {
     pub balance: Arc<Balance>,
 }
 
+/// What a model is to say.
+#[derive(Debug, Clone)]
+pub struct Goal {
+    /// The next token of each, laid out as [`Tokens::ids`]; -100 where there is no loss.
+    pub targets: Tensor,
+    /// Factor of the summed loss.
+    pub factor: f32,
+    /// So many rows of logits at most exist at once; `None` chooses.
+    pub rows: Option<usize>,
+}
+
 impl Tokens {
     /// Sequences of equal length `seq`, row after row, all real, positions from 0. They are given
     /// whole: context parallelism takes its part of their tokens here.
@@ -57,6 +70,7 @@ impl Tokens {
             mask: AttentionMask::causal(),
             cache: None,
             head_at: None,
+            goal: None,
             real: None,
             training: None,
         })
@@ -237,6 +251,28 @@ impl CausalLm {
     /// # Errors
     /// For a target that is no entry of the vocabulary.
     pub fn losses(&self, tokens: Tokens, targets: &[i32]) -> Result<Tensor> {
+        let targets = self.targets(&tokens, targets)?;
+        self.forward(tokens)?.cross_entropy(&targets)
+    }
+
+    /// The sum of [`CausalLm::losses`] times `factor`; at most `rows` of the logits exist at once, or as
+    /// many as are fast.
+    ///
+    /// # Errors
+    /// For a target that is no entry of the vocabulary, and a model whose head has none.
+    pub fn loss(
+        &self,
+        mut tokens: Tokens,
+        targets: &[i32],
+        factor: f32,
+        rows: Option<usize>,
+    ) -> Result<Tensor> {
+        let targets = self.targets(&tokens, targets)?;
+        tokens.goal = Some(Goal { targets, factor, rows });
+        self.forward(tokens)
+    }
+
+    fn targets(&self, tokens: &Tokens, targets: &[i32]) -> Result<Tensor> {
         let entries = self.config.vocab_size();
         let outside = |t: &&i32| **t != IGNORE && (**t < 0 || **t as usize >= entries);
         if let Some(bad) = targets.iter().find(outside) {
@@ -245,8 +281,7 @@ impl CausalLm {
                  loss with {IGNORE}"
             )));
         }
-        let targets = tokens.ids.same_place(targets)?;
-        self.forward(tokens)?.cross_entropy(&targets)
+        tokens.ids.same_place(targets)
     }
 
     /// Elements of all parameters, whole.
@@ -293,7 +328,13 @@ impl HeadLayer {
                         rows.reshape(&[batch, 1, width])?
                     }
                 };
-                head.forward(&x)
+                match &tokens.goal {
+                    None => head.forward(&x),
+                    Some(goal) => head.cross_entropy(&x, &goal.targets, goal.factor, goal.rows),
+                }
+            }
+            HeadLayer::Score(_) if tokens.goal.is_some() => {
+                Err(Error::Other("loss: the head of this model has no vocabulary".into()))
             }
             HeadLayer::Score(head) => {
                 let y = head.forward(x)?.redistribute(Region::Whole)?.to_dtype(Dtype::F32)?;

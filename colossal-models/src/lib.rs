@@ -13,4 +13,4 @@ pub mod mixtral;
 pub mod train;
 
 pub use colossal_tensor::{Device, Dtype, Error, Group, Mesh, Result, Scope, Tensor, no_grad};
-pub use decoder::{CausalLm, Decoder, DecoderConfig, Head, Tokens, Training};
+pub use decoder::{CausalLm, Decoder, DecoderConfig, Goal, Head, Tokens, Training};

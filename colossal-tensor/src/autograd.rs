@@ -150,6 +150,13 @@ pub trait GradSink {
         add: &mut dyn FnMut(Accumulator<'_>),
     ) -> Result<()>;
 
+    /// Takes `sum`, the first that is added to `param`, over as its accumulator, or gives it back to be
+    /// added.
+    fn adopt(&mut self, param: &Arc<Param>, sum: Buffer) -> Result<Option<Buffer>> {
+        let _ = param;
+        Ok(Some(sum))
+    }
+
     /// Every use of `param` in this backward pass has been added: its gradient may be sent.
     fn complete(&mut self, param: &Arc<Param>) -> Result<()> {
         let _ = param;
@@ -363,6 +370,22 @@ impl Backward<'_> {
         }
     }
 
+    /// Input `i` is a parameter: adds `factor * grad` to its gradient.
+    pub(crate) fn add_weight(&mut self, i: usize, mut grad: Buffer, factor: f32) -> Result<()> {
+        let Edge::Leaf(param) = &self.inputs[i] else { return Ok(()) };
+        if factor != 1.0 {
+            let mut scaled = Buffer::on(&grad.device(), grad.bytes())?;
+            kernels::scale(grad.view::<f32>(), factor, scaled.view_mut())?;
+            grad = scaled;
+        }
+        let param = param.clone();
+        let Some(grad) = self.sink.adopt(&param, grad)? else { return Ok(()) };
+        deposit(self.sink, &param, |acc| match acc.fresh {
+            true => acc.sum.copy(grad.view()),
+            false => kernels::add_into(grad.view::<f32>(), acc.sum),
+        })
+    }
+
     /// Runs a nested pass (of a recomputed layer) that reports into this one.
     pub(crate) fn nested(&mut self, root: &Tensor, seed: Tensor) -> Result<()> {
         let deferred = self.deferred.as_deref_mut();
@@ -386,6 +409,10 @@ impl GradSink for Nested<'_> {
         add: &mut dyn FnMut(Accumulator<'_>),
     ) -> Result<()> {
         self.0.accumulate(param, add)
+    }
+
+    fn adopt(&mut self, param: &Arc<Param>, sum: Buffer) -> Result<Option<Buffer>> {
+        self.0.adopt(param, sum)
     }
 }
 

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod autograd;
+mod chunked;
 pub mod collectives;
 mod cube;
 mod device;

@@ -171,6 +171,30 @@ impl<S: Space> Zero<S> {
         Ok((self.space.part(slot.insert(buffer), at..at + len), first))
     }
 
+    /// Takes `sum` over as the gradient of the parameter at `offset`, which is not complete yet. Given back
+    /// unless the parameter is a bucket of its own that nothing was added to.
+    ///
+    /// # Errors
+    /// As [`Zero::gradient`].
+    pub fn adopt(
+        &mut self,
+        offset: usize,
+        len: usize,
+        sum: S::Buffer,
+    ) -> Result<Option<S::Buffer>> {
+        let fits = self.partition.bucket_of(offset).filter(|i| {
+            let (bucket, filling) = (&self.partition.buckets()[*i], &self.buckets[*i]);
+            bucket.segments == 1 && bucket.padded == len && filling.buffer.is_none()
+        });
+        let Some(i) = fits else { return Ok(Some(sum)) };
+        self.buckets[i].buffer = Some(sum);
+        let touched = self.gradient(offset, len).map(|_| None);
+        if touched.is_err() {
+            self.buckets[i].buffer = None;
+        }
+        touched
+    }
+
     /// The gradient of the parameter at `offset` is complete on this rank. The last one of a
     /// bucket starts its reduction. Every rank must report its buckets in the same order.
     ///
@@ -366,6 +390,25 @@ mod tests {
             zero.finish().expect("one rank");
         }
         assert_eq!(grads(&mut zero), [6.0, 6.0, 6.0, 3.0, 3.0]);
+    }
+
+    #[test]
+    fn a_sum_becomes_the_gradient_of_a_bucket_that_nothing_was_added_to() {
+        let segments = [(0, 3), (3, 2)];
+        let mut zero = Zero::new(Stage::One, Group::solo(), 5, 1, &segments).expect("they fit");
+        assert_eq!(zero.adopt(0, 3, vec![1.0; 3]).expect("a parameter"), None);
+        let (sum, first) = zero.gradient(0, 3).expect("a parameter");
+        assert!(!first && *sum == [1.0; 3]);
+        zero.complete(0).expect("a parameter");
+        zero.ready(3, &[2.0; 2]).expect("a parameter");
+        zero.finish().expect("one rank");
+        assert_eq!(grads(&mut zero), [1.0, 1.0, 1.0, 2.0, 2.0]);
+        zero.clear();
+        // Something was added, or its bucket has others.
+        zero.gradient(3, 2).expect("a parameter").0.fill(5.0);
+        assert_eq!(zero.adopt(3, 2, vec![1.0; 2]).expect("a parameter"), Some(vec![1.0; 2]));
+        let mut zero = self::zero(Stage::One);
+        assert_eq!(zero.adopt(3, 2, vec![1.0; 2]).expect("a parameter"), Some(vec![1.0; 2]));
     }
 
     #[test]

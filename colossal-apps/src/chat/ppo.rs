@@ -314,7 +314,7 @@ fn update(
             .map_err(|e| colossal_models::Error::Other(e.to_string()))?;
         let share = config.ptx_coef / demo.learnt().max(1) as f32;
         let own = demo.part(part, parts)?;
-        rl.add(&lm_loss(model, &own, None)?.scale(share)?)
+        rl.add(&lm_loss(model, &own, None, share)?)
     })?;
     let value = models.critic.train(tokens, seq, |model, _| {
         let (scores, seq) = token_scores(model, &rows)?;

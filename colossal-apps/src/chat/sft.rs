@@ -51,7 +51,7 @@ pub fn evaluate(trainer: &Trainer, data: &[Talk]) -> Result<f64> {
     for chunk in (0..data.len()).collect::<Vec<_>>().chunks(32) {
         let batch = together(data, chunk)?;
         count += batch.learnt();
-        sum += f64::from(no_grad(|| lm_loss(&trainer.model, &batch, None))?.item()?);
+        sum += f64::from(no_grad(|| lm_loss(&trainer.model, &batch, None, 1.0))?.item()?);
     }
     Ok(sum / count.max(1) as f64)
 }

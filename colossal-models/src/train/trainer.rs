@@ -247,8 +247,7 @@ impl Trainer {
                 balance: Balance::new(1.0 / micro as f32),
             };
             balances.push(training.balance.clone());
-            let loss = lm_loss(model, &own, Some(training))?;
-            loss.scale(1.0 / count as f32)
+            lm_loss(model, &own, Some(training), 1.0 / count as f32)
         })?;
         report.auxiliary_loss = balances.iter().map(|b| b.loss()).sum();
         Ok(report)
@@ -456,15 +455,21 @@ impl Trainer {
     }
 }
 
-/// The summed loss of this rank's sequences; what a plan cuts them into is filled up with padding.
+/// The summed loss of this rank's sequences times `factor`; what a plan cuts them into is filled up with
+/// padding.
 /// `training` is as in [`Tokens::training`]; auxiliary losses add to gradients, not to the value,
 /// and have their own: [`Balance::loss`].
-pub fn lm_loss(model: &CausalLm, batch: &Batch, training: Option<Training>) -> Result<Tensor> {
+pub fn lm_loss(
+    model: &CausalLm,
+    batch: &Batch,
+    training: Option<Training>,
+    factor: f32,
+) -> Result<Tensor> {
     let multiple = model.scope().sequence_multiple();
     let batch = &batch.padded_to(batch.seq.next_multiple_of(multiple));
     let mut tokens = Tokens::padded(model.scope(), &batch.ids, batch.seq, batch.lengths.clone())?;
     tokens.training = training;
-    model.losses(tokens, &batch.targets)?.sum()
+    model.loss(tokens, &batch.targets, factor, None)
 }
 
 fn dropout_stream(seed: u64, step: u64) -> Stream {
@@ -557,6 +562,16 @@ impl GradSink for Sink<'_> {
             .map_err(zero_error)?;
         add(Accumulator { sum, fresh });
         Ok(())
+    }
+
+    fn adopt(&mut self, param: &Arc<Param>, sum: Buffer) -> Result<Option<Buffer>> {
+        let slot = self.by_id[&param.id()];
+        let at = self.trainer_slots[slot].range.start;
+        let left = self.zero.adopt(at, param.len(), sum).map_err(zero_error)?;
+        if left.is_none() {
+            self.waiting.insert(slot);
+        }
+        Ok(left)
     }
 
     fn complete(&mut self, param: &Arc<Param>) -> Result<()> {

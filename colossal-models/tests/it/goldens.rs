@@ -75,7 +75,7 @@ fn auxiliary_loss_and_router_gradients_equal_transformers() {
     let balance = Balance::new(1.0);
     let dropout = colossal_tensor::random::Stream::new(0, 0);
     let training = Training { dropout, first_row: 0, balance: balance.clone() };
-    let sum = lm_loss(&fresh, &batch, Some(training)).unwrap();
+    let sum = lm_loss(&fresh, &batch, Some(training), 1.0).unwrap();
     let loss = sum.scale(1.0 / batch.learnt() as f32).unwrap();
     let read = |name: &str| golden.get(name).unwrap().to_vec().unwrap();
     assert!(worst(&[balance.loss()], &read("auxiliary")) < 1e-5);
@@ -97,7 +97,7 @@ fn loss_and_every_gradient_equal_transformers() {
         let ids = ids(&golden);
         let all = [true; 7];
         let batch = Batch::new(&[(&ids[..7], &all), (&ids[7..], &all)], 0).unwrap();
-        let sum = lm_loss(&model, &batch, None).unwrap();
+        let sum = lm_loss(&model, &batch, None, 1.0).unwrap();
         let loss = sum.scale(1.0 / batch.learnt() as f32).unwrap();
         let theirs = golden.get("loss").unwrap().to_vec().unwrap()[0];
         assert!((loss.item().unwrap() - theirs).abs() < 1e-5 * theirs, "{name}");

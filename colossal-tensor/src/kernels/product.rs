@@ -35,6 +35,19 @@ impl<'a, T> Mat<'a, T> {
     }
 }
 
+/// Elements of `b` that a thread of the host packs at once: the columns of a wider one, as a head's, take
+/// turns in that much scratch.
+const PACKED: usize = 512 << 10;
+/// The deepest packed panels of the host's products.
+const DEPTH: usize = 1024;
+
+/// How many columns of a product on the host are computed at once.
+fn at_once(rows: usize, cols: usize, depth: usize) -> usize {
+    let most = PACKED * colossal_kernels::threads::count() / depth.clamp(1, DEPTH);
+    // Few rows are multiplied without packing.
+    if rows < 64 || cols <= most { cols.max(1) } else { (most / 64).max(1) * 64 }
+}
+
 /// `c [rows, cols] = act(alpha * a b + bias)`, or `+=`: [`colossal_kernels::gemm`]. `c` is dense.
 pub fn gemm<T: Float, O: Float>(
     a: Mat<'_, T>,
@@ -45,24 +58,39 @@ pub fn gemm<T: Float, O: Float>(
 ) -> Result<()> {
     let (x, y) = (a.data, b.data);
     let (rows, cols) = (a.rows, b.cols);
-    macro_rules! product {
-        ($module:ident, $x:ident, $y:ident, $c:ident, $bias:ident $(, $stream:expr)?) => {{
-            let [a, b] = [(a, $x), (b, $y)].map(|(m, data)| $module::Mat {
+    match stream_of!(x, y, c, bias) {
+        Some(stream) => on_cuda!(stream, (x, y, c, bias) => {
+            let [a, b] = [(a, x), (b, y)].map(|(m, data)| cuda::Mat {
                 data,
                 rows: m.rows,
                 cols: m.cols,
                 row_stride: m.row_stride,
                 col_stride: m.col_stride,
             });
-            let e = $module::Epilogue { bias: $bias, accumulate, ..Default::default() };
-            $module::gemm($($stream,)? a, b, $module::MatMut::new($c, rows, cols), &e)
-        }};
-    }
-    match stream_of!(x, y, c, bias) {
-        Some(stream) => {
-            on_cuda!(stream, (x, y, c, bias) => product!(cuda, x, y, c, bias, &stream))
-        }
-        None => on_host!((x, y, c, bias) => product!(colossal_kernels, x, y, c, bias)),
+            let e = cuda::Epilogue { bias, accumulate, ..Default::default() };
+            cuda::gemm(&stream, a, b, cuda::MatMut::new(c, rows, cols), &e)
+        }),
+        None => on_host!((x, y, c, bias) => {
+            use colossal_kernels::{Epilogue, Mat, MatMut};
+            let some = at_once(rows, cols, a.cols);
+            for at in (0..cols).step_by(some) {
+                let (row_stride, col_stride, count) = (b.row_stride, b.col_stride, some.min(cols - at));
+                let data = &y[(at * col_stride).min(y.len())..];
+                let part = Mat { data, rows: b.rows, cols: count, row_stride, col_stride };
+                let a = Mat {
+                    data: x,
+                    rows,
+                    cols: a.cols,
+                    row_stride: a.row_stride,
+                    col_stride: a.col_stride,
+                };
+                let data = &mut c[at..];
+                let c = MatMut { data, rows, cols: count, row_stride: cols, col_stride: 1 };
+                let bias = bias.map(|bias| &bias[at..at + count]);
+                let e = Epilogue { bias, accumulate, ..Default::default() };
+                colossal_kernels::gemm(a, part, c, &e);
+            }
+        }),
     }
     Ok(())
 }

@@ -2,10 +2,17 @@
 
 use std::sync::Arc;
 
+use crate::chunked::chunked;
+use crate::device::Device;
 use crate::error::Result;
 use crate::params::{Init, Param, Params};
 use crate::placement::{Dim, Placement, Region};
 use crate::tensor::Tensor;
+
+/// Bytes of logits that exist at once.
+const LOGITS: usize = 8 << 20;
+/// But so many rows, that the product is as fast as of all.
+const ROWS: usize = 256;
 
 /// A linear layer whose parallelism follows from the names of its two dims: column-parallel when
 /// the plan shards its output, row-parallel when it shards its input.
@@ -59,6 +66,32 @@ impl Linear {
             Dim::Vocab(entries) => y.mask_padding(entries),
             _ => Ok(y),
         }
+    }
+
+    /// The summed cross-entropy of `forward(x)`, logits over a vocabulary, times `factor`: a scalar in
+    /// f32. `targets [..]` are as [`Tensor::cross_entropy`] takes them. At most `rows` of the logits exist
+    /// at once where no product or loss of them needs all of its rows; `None` chooses.
+    ///
+    /// # Errors
+    /// As [`Tensor::cross_entropy`].
+    pub fn cross_entropy(
+        &self,
+        x: &Tensor,
+        targets: &Tensor,
+        factor: f32,
+        rows: Option<usize>,
+    ) -> Result<Tensor> {
+        let weight = self.weight.tensor();
+        let rows = match x.scope().device() {
+            _ if x.goes_elsewhere(&weight) => usize::MAX,
+            Device::Cuda(_) => rows.unwrap_or(usize::MAX),
+            Device::Cpu => {
+                rows.unwrap_or((LOGITS / (weight.shape()[0] * x.dtype().bytes()).max(1)).max(ROWS))
+            }
+        };
+        chunked(x, targets, rows, |x, targets| {
+            self.forward(x)?.cross_entropy(targets)?.sum()?.scale(factor)
+        })
     }
 
     /// `residual + forward(x)`, in the residual region.

@@ -127,6 +127,37 @@ impl Tensor {
             if let Some(onto) = onto {
                 back.give(onto, dy.clone())?;
             }
+            if let Some(like) = &like_b
+                && back.wants(2)
+            {
+                let dy = dy.clone();
+                back.weight(2, like, move |db| {
+                    float!("linear", dy.dtype(), T => {
+                        kernels::sum_rows(dy.lend::<T>()?.view::<T>(), n, db)
+                    })
+                })?;
+            }
+            // Before the gradient of x, so that x, which may be made again for it, is not there with it.
+            if back.wants(1) {
+                let dy = dy.clone();
+                back.weight_fresh(1, &like_w, move |dw| {
+                    let x = x.get()?;
+                    float!("linear", dy.dtype(), T => {
+                        let (dy, x) = (dy.lend::<T>()?, x.lend::<T>()?);
+                        if let Some(fp8) = fp8 {
+                            let (dy, x) = (dy.view::<T>(), x.view::<T>());
+                            return fp8.weight_gradient([m, n, k], dy, x, dw);
+                        }
+                        kernels::gemm(
+                            Mat::new(dy.view::<T>(), m, n).t(),
+                            Mat::new(x.view::<T>(), m, k),
+                            dw.sum,
+                            None,
+                            !dw.fresh,
+                        )
+                    })
+                })?;
+            }
             if back.wants(0) {
                 let dx = produce(&scope, &x_shape, dy.dtype(), x_layout.dual(), |dx| {
                     float!("linear", dy.dtype(), T => {
@@ -146,41 +177,12 @@ impl Tensor {
                 })?;
                 back.give(0, dx)?;
             }
-            drop(w);
-            if let Some(like) = &like_b
-                && back.wants(2)
-            {
-                let dy = dy.clone();
-                back.weight(2, like, move |db| {
-                    float!("linear", dy.dtype(), T => {
-                        kernels::sum_rows(dy.lend::<T>()?.view::<T>(), n, db)
-                    })
-                })?;
-            }
-            if back.wants(1) {
-                back.weight_fresh(1, &like_w, move |dw| {
-                    let x = x.get()?;
-                    float!("linear", dy.dtype(), T => {
-                        let (dy, x) = (dy.lend::<T>()?, x.lend::<T>()?);
-                        if let Some(fp8) = fp8 {
-                            let (dy, x) = (dy.view::<T>(), x.view::<T>());
-                            return fp8.weight_gradient([m, n, k], dy, x, dw);
-                        }
-                        kernels::gemm(
-                            Mat::new(dy.view::<T>(), m, n).t(),
-                            Mat::new(x.view::<T>(), m, k),
-                            dw.sum,
-                            None,
-                            !dw.fresh,
-                        )
-                    })
-                })?;
-            }
             Ok(())
         }))
     }
 
-    fn goes_elsewhere(&self, weight: &Tensor) -> bool {
+    /// Do ranks multiply this by the weight together, or with parts that others hold?
+    pub(crate) fn goes_elsewhere(&self, weight: &Tensor) -> bool {
         let overlaps = |axis| crate::overlap::Kind::of(self, weight, axis).is_some();
         crate::summa::grid(weight).is_some()
             || crate::cube::cube(weight).is_some()
