@@ -17,6 +17,8 @@ use crate::threads::{Parts, parallel_for};
 const QUERIES: usize = 64;
 /// Keys of one block, about: a multiple of the kernel's rows and of two.
 const KEYS: usize = 112;
+/// Floats of keys, values and their gradients up to which the caches hand them out fast enough unasked.
+const CACHED: usize = 512 << 10;
 
 /// Gradients of [`flash_attention`](super::flash_attention): `dq`, `dk`, `dv` are overwritten.
 /// Keys must be dense.
@@ -80,6 +82,9 @@ impl Part<'_> {
         let panel_k = o.kernel.panel(nr, block);
         let (columns, row_t) = (o.row_c / nr, o.kernel.steps(QUERIES));
         let rows_q = QUERIES.next_multiple_of(mr);
+        // Beyond, a tile of keys fetches the next one.
+        let streamed = 5 * padded * o.row_c > CACHED;
+        let after = |x: &[f32], row: usize| streamed.then(|| x.as_ptr().wrapping_add(mr * row));
         let (half, pairs) = if o.kernel.pairs { (mr * row_t, block / 2) } else { (0, 0) };
         let sizes = [
             2 * padded * o.row_a,       // keys and values as rows
@@ -131,7 +136,7 @@ impl Part<'_> {
                         deltas[r] =
                             if real { dot(&dout[at..at + d], &out[at..at + d]) } else { 0.0 };
                     }
-                    self.ask(&mut soon, h, first, [q, k, v, out, dout], to);
+                    self.ask(&mut soon, h, first..first + QUERIES, [q, k, v, out, dout], to);
                     dqa.fill(0.0);
                     let seen = s.visible(b, first).start..s.visible(b, first + n - 1).end;
                     for i in seen.start / block..seen.end.div_ceil(block) {
@@ -148,8 +153,10 @@ impl Part<'_> {
                             for col in (q_first..n).step_by(nr) {
                                 let p = col / nr * panel_d;
                                 let (p_to, ds_to) = (&mut pt[col..], &mut dst[col..]);
-                                o.scores(rows, ka, &qc[p..], p_to, QUERIES, soon.next());
-                                o.scores(rows, va, &doc[p..], ds_to, QUERIES, soon.next());
+                                let next = soon.next(after(ka, o.row_a));
+                                o.scores(rows, ka, &qc[p..], p_to, QUERIES, next);
+                                let next = soon.next(after(va, o.row_a));
+                                o.scores(rows, va, &doc[p..], ds_to, QUERIES, next);
                             }
                             self.mask(pt, h, tile..tile + rows, first..first + n, q_first);
                             for (p, ds) in
@@ -171,19 +178,20 @@ impl Part<'_> {
                             }
                             // dv += p do; dk += ds q; over the queries that see the tile.
                             let skip = if o.kernel.pairs { unseen / 2 } else { unseen };
-                            let depth = o.kernel.steps(n);
-                            if skip >= depth {
-                                continue;
-                            }
                             let (pa, da, wide) = match o.kernel.pairs {
                                 true => (&*pt16, &*dst16, row_t),
                                 false => (&*pt, &*dst, QUERIES),
                             };
-                            let (depth, strides, c) = (depth - skip, [wide, 1], tile * o.row_c);
-                            let (pa, qs, dos) = (&pa[skip..], &qs[skip * nr..], &dos[skip * nr..]);
-                            o.head(rows, depth, pa, strides, dos, panel_q, &mut dva[c..], true);
-                            let da = &da[skip..];
-                            o.head(rows, depth, da, strides, qs, panel_q, &mut dka[c..], true);
+                            let steps = o.kernel.steps(n).saturating_sub(skip);
+                            let (strides, c) = ([wide, 1], tile * o.row_c..);
+                            let (pa, dos) = (&pa[skip..], &dos[skip * nr..]);
+                            let (da, qs) = (&da[skip..], &qs[skip * nr..]);
+                            let to = &mut dva[c.clone()];
+                            let next = after(to, o.row_c);
+                            o.head(rows, steps, pa, strides, dos, panel_q, to, true, next);
+                            let to = &mut dka[c];
+                            let next = after(to, o.row_c);
+                            o.head(rows, steps, da, strides, qs, panel_q, to, true, next);
                         }
                         // dq += dsᵀ k, over the keys that a tile of queries sees.
                         let ds = if o.kernel.pairs { &*pairs } else { &*dst };
@@ -196,7 +204,7 @@ impl Part<'_> {
                             let ks = &ks[i * columns * panel_k..];
                             let (depth, c) = (o.kernel.steps(end - from), tile * o.row_c);
                             let (a, strides) = (&ds[tile..], [1, QUERIES]);
-                            o.head(rows, depth, a, strides, ks, panel_k, &mut dqa[c..], true);
+                            o.head(rows, depth, a, strides, ks, panel_k, &mut dqa[c..], true, None);
                         }
                     }
                     for r in 0..n {
@@ -215,29 +223,30 @@ impl Part<'_> {
         });
     }
 
-    /// Has fetched what comes after the block of queries from `first` on: the next block, its own
+    /// Has fetched what comes after a block of queries: the next block, its own
     /// gradient and, of the last head, as many keys of the next one and as many gradients of these.
     fn ask<T: Float>(
         &self,
         soon: &mut Soon,
         h: usize,
-        first: usize,
+        block: Range<usize>,
         [q, k, v, out, dout]: [&[T]; 5],
         to: &[Parts<T>; 3],
     ) {
         let Part { s, b, kv_head } = *self;
+        let (first, n) = (block.start, block.len());
         let (d, row, kv_row) = (s.head_dim, s.heads * s.head_dim, s.kv_heads * s.head_dim);
         let at = b * s.q_len * row + h * d;
-        let next = match first + QUERIES < s.q_real(b) {
-            true => at + (first + QUERIES) * row,
+        let next = match block.end < s.q_real(b) {
+            true => at + block.end * row,
             // The next head's, or the next sequence's.
             false if h + 1 < s.heads => at + d,
             false => (b + 1) * s.q_len * row,
         };
         for (i, x) in [q, dout, out].into_iter().enumerate() {
-            soon.rows(i, x.as_ptr().wrapping_add(next), row, QUERIES);
+            soon.rows(i, x.as_ptr().wrapping_add(next), row, n);
         }
-        soon.rows(3, to[0].start().wrapping_add(at + first * row), row, QUERIES);
+        soon.rows(3, to[0].start().wrapping_add(at + first * row), row, n);
         if (h + 1).is_multiple_of(s.heads / s.kv_heads) {
             let here = b * s.kv_stride() + kv_head * d + first * kv_row;
             let next = match kv_head + 1 < s.kv_heads {
@@ -245,8 +254,8 @@ impl Part<'_> {
                 false => (b + 1) * s.kv_stride() + first * kv_row,
             };
             for (i, x) in [k, v].into_iter().enumerate() {
-                soon.rows(4 + i, x.as_ptr().wrapping_add(next), kv_row, QUERIES);
-                soon.rows(6 + i, to[1 + i].start().wrapping_add(here), kv_row, QUERIES);
+                soon.rows(4 + i, x.as_ptr().wrapping_add(next), kv_row, n);
+                soon.rows(6 + i, to[1 + i].start().wrapping_add(here), kv_row, n);
             }
         }
     }

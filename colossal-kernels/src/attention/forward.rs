@@ -159,7 +159,7 @@ fn packed<'o, T: Float>(
                         let kp = &kp[block * size_k + low / nr * panel_k..];
                         for (kp, col) in kp.chunks(panel_k).zip((0..width).step_by(nr)) {
                             let to = &mut scores[col..];
-                            o.scores(in_tile, qa, kp, to, width, soon.next());
+                            o.scores(in_tile, qa, kp, to, width, soon.next(None));
                         }
                         let mut scale = s.scale;
                         if s.bias.is_some() || scale <= 0.0 {
@@ -196,7 +196,7 @@ fn packed<'o, T: Float>(
                         };
                         let vp = &vp[block * size_v + o.kernel.steps(low) * nr..];
                         let depth = o.kernel.steps(n);
-                        o.head(in_tile, depth, p, [wide, 1], vp, panel_v, acc, state.begun);
+                        o.head(in_tile, depth, p, [wide, 1], vp, panel_v, acc, state.begun, None);
                         state.begun = true;
                     }
                 }

@@ -244,7 +244,7 @@ impl Operands {
     }
 
     /// `c [rows, head] = a b`, or `c += a b` with `add`, over `steps` of depth; panels of `b` lie `panel`
-    /// apart.
+    /// apart. Lines from `next` on, if any, are fetched meanwhile.
     fn head(
         &self,
         rows: usize,
@@ -255,6 +255,7 @@ impl Operands {
         panel: usize,
         c: &mut [f32],
         add: bool,
+        next: Option<*const f32>,
     ) {
         for (p, col) in (0..self.row_c).step_by(self.kernel.nr).enumerate() {
             self.kernel.tile(
@@ -266,7 +267,7 @@ impl Operands {
                 &mut c[col..],
                 self.row_c,
                 add,
-                Ahead::lines(a.as_ptr()),
+                Ahead::lines(next.map_or(a.as_ptr(), |x| x.wrapping_add(p * steps * 16))),
             );
         }
     }
@@ -294,8 +295,8 @@ impl Soon {
         self.turn = 0;
     }
 
-    /// What one tile fetches.
-    fn next(&mut self) -> Ahead {
+    /// What one tile fetches: if nothing is left, lines from `other` on, if any.
+    fn next(&mut self, other: Option<*const f32>) -> Ahead {
         while let Some((at, stride, n)) = self.of.get_mut(self.turn) {
             if *n > 0 {
                 let next = Ahead::strided(*at, *stride);
@@ -305,7 +306,7 @@ impl Soon {
             }
             self.turn += 1;
         }
-        Ahead::strided(self.of[0].0, 0)
+        other.map_or(Ahead::strided(self.of[0].0, 0), Ahead::lines)
     }
 }
 

@@ -145,7 +145,7 @@ fn best(args: &Args, arguments: &[&str]) -> Peer {
 }
 
 /// Kernel, type, sizes: `m n k` of products, `batch seq heads head_dim` of attention.
-const CASES: [&str; 28] = [
+const CASES: [&str; 38] = [
     "gemm f32 512 512 512",
     "gemm f32 1024 1024 1024",
     "gemm f32 2048 2048 2048",
@@ -166,12 +166,22 @@ const CASES: [&str; 28] = [
     "gemm bf16 16 4096 4096",
     "attention f32 4 256 8 64",
     "attention f32 1 1024 8 64",
+    "attention f32 1 2048 8 64",
     "attention f32 1 4096 8 64",
+    "attention f32 1 8192 2 64",
+    "attention f32 4 256 8 128",
+    "attention f32 1 1024 8 128",
     "attention f32 1 2048 8 128",
+    "attention f32 1 8192 2 128",
     "attention bf16 4 256 8 64",
     "attention bf16 1 1024 8 64",
+    "attention bf16 1 2048 8 64",
     "attention bf16 1 4096 8 64",
+    "attention bf16 1 8192 2 64",
+    "attention bf16 4 256 8 128",
+    "attention bf16 1 1024 8 128",
     "attention bf16 1 2048 8 128",
+    "attention bf16 1 8192 2 128",
     "cross_entropy f32 1024 8192",
     "adamw f32 50000000",
 ];
