@@ -223,8 +223,8 @@ impl Part<'_> {
         });
     }
 
-    /// Has fetched what comes after a block of queries: the next block, its own
-    /// gradient and, of the last head, as many keys of the next one and as many gradients of these.
+    /// Asks for what comes after a block of queries: the next block, its own gradient and, of the
+    /// last head, as many keys of the next one and as many gradients of these.
     fn ask<T: Float>(
         &self,
         soon: &mut Soon,

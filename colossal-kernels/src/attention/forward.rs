@@ -127,13 +127,8 @@ fn packed<'o, T: Float>(
                     while ready <= block {
                         let (from, n) = (ready * KEYS * kv_row, KEYS.min(keys - ready * KEYS));
                         o.columns(&k[from..], n, kv_row, &mut kp[ready * size_k..][..size_k]);
-                        o.steps(
-                            &v[from..],
-                            n,
-                            kv_row,
-                            panel_v,
-                            &mut vp[ready * size_v..][..size_v],
-                        );
+                        let to = &mut vp[ready * size_v..][..size_v];
+                        o.steps(&v[from..], n, kv_row, panel_v, to);
                         ready += 1;
                         let next = match after {
                             _ if ready < blocks => [k, v].map(|x| &x[from + n * kv_row..]),
@@ -157,8 +152,8 @@ fn packed<'o, T: Float>(
                         let scores = &mut scores[..in_tile * width];
                         let qa = &qa[tile * o.row_a..];
                         let kp = &kp[block * size_k + low / nr * panel_k..];
-                        for (kp, col) in kp.chunks(panel_k).zip((0..width).step_by(nr)) {
-                            let to = &mut scores[col..];
+                        for col in (0..width).step_by(nr) {
+                            let (kp, to) = (&kp[col / nr * panel_k..], &mut scores[col..]);
                             o.scores(in_tile, qa, kp, to, width, soon.next(None));
                         }
                         let mut scale = s.scale;
@@ -304,7 +299,7 @@ fn halves(x: &[f32; 16], f: impl Fn(f32, f32) -> f32) -> f32 {
 simd! {
     /// Rows of `width` times their factors.
     fn rescale(rows: &mut [f32], width: usize, factor: &[f32; ROWS]) {
-        for (row, factor) in rows.chunks_exact_mut(width).zip(factor) {
+        for (row, factor) in rows.chunks_exact_mut(width.max(1)).zip(factor) {
             if *factor != 1.0 {
                 row.iter_mut().for_each(|x| *x *= factor);
             }
