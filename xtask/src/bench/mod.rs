@@ -193,6 +193,14 @@ fn kernels(args: &Args) -> Result<Vec<Value>> {
     let mut ours = Prompt::start(&ours, &[&threads], &[])?;
     let peer = best(args, &["--threads", threads.as_str()]);
     let mut peers = start(args, "xtask/peers/kernels_torch.py", &[peer])?;
+    // numpy comes with torch nearly always; its OpenBLAS has products of f32.
+    let mut blas = vec![];
+    if let Some(python) = python(args)?
+        && output(python, &["-c", "import numpy; print('here')"]).is_ok_and(|x| x.ends_with("here"))
+    {
+        let peer = Peer::new("best kernels", &["--threads", threads.as_str()], false);
+        blas = start(args, "xtask/peers/kernels_numpy.py", &[peer])?;
+    }
     let mut rows = Vec::new();
     for case in CASES.iter().filter(|c| c.contains(&args.only)) {
         // Of DeepSpeed there is one kernel to compare with, if it is installed.
@@ -203,7 +211,14 @@ fn kernels(args: &Args) -> Result<Vec<Value>> {
             let peer = Peer::new("CPUAdam", &["--threads", threads.as_str(), "--deepspeed"], false);
             peers.extend(start(args, "xtask/peers/kernels_torch.py", &[peer])?);
         }
+        let others = peers.len();
+        if case.starts_with("gemm f32") {
+            peers.append(&mut blas);
+        }
         rows.extend(turns(args, case, case, &mut ours, &mut peers, "calls/s")?);
+        if case.starts_with("gemm f32") {
+            blas = peers.split_off(others);
+        }
     }
     Ok(rows)
 }
