@@ -1,10 +1,12 @@
 //! Few rows times a transposed matrix, in AVX-512 registers: f32, or bf16 through `vdpbf16ps`.
 //!
-//! A core gets the whole bandwidth of memory for one stream of addresses, and half of it where it reads
-//! four rows of weights side by side. So weights are asked for in the order of addresses, well ahead,
-//! into the second-level cache, and from there four rows at a time meet the rows of `a`.
+//! Weights come from memory while those before them are multiplied, because they are asked for ahead.
+//! The processor drops what is asked for when too much is on its way into the first-level cache, be it
+//! from the second level: so `a` is cut along the depth into parts that stay in the first level while a
+//! group of columns passes by. Memory is fastest in the order of addresses, which is how one tile of
+//! rows asks for the next group; several tiles, which compute for longer than they read, ask for what
+//! they will read soon.
 
-use super::skinny::ROWS as MOST;
 use super::{Mat, Sink, with_workspace};
 use crate::float::Float;
 use crate::isa::{Isa, isa};
@@ -12,16 +14,16 @@ use crate::threads::parallel_for;
 
 /// Rows of a tile at most.
 const ROWS: usize = 8;
-/// Columns whose results are stored together.
-const COLUMNS: usize = 48;
-/// Columns that all rows meet before the next ones: whole blocks of three and of four.
-const GROUP: usize = 12;
-/// Vectors of `a` that stay in the first-level cache while a group passes by.
+/// Columns of a tile at most.
+const WIDTH: usize = 3;
+/// Columns that threads take at least, and that pass by a part of one tile.
+const PIECE: usize = 12;
+/// Columns that pass by a part of several tiles.
+const GROUP: usize = 96;
+/// Vectors of `a` that stay in the first-level cache.
 const PART: usize = 384;
-/// Bytes that weights are asked for before up to four rows read them.
-const AHEAD: usize = 32 << 10;
-/// Bytes of a page, at whose end the processor ceases to read ahead by itself.
-const PAGE: usize = 4096;
+/// Columns between what several tiles read and what they ask for.
+const AHEAD: usize = 6;
 /// Floats of a vector; a step of depth is one vector of each operand.
 const LANES: usize = 16;
 
@@ -45,37 +47,60 @@ pub(super) fn gemm<T: Float, O: Float, E: Float>(
         return;
     }
     let steps = k.div_ceil(lanes::<T>());
-    let tiles = m.div_ceil(ROWS);
-    let each = m.div_ceil(tiles);
-    // A tile's part of `a` stays in the first-level cache while a group of columns passes by.
-    let part = steps.div_ceil(steps.div_ceil((PART / each).max(1)));
+    let plan = Plan::new(m, steps);
+    let each = plan.each;
     with_workspace(m * steps * LANES, |packed| {
         for (t, packed) in packed.chunks_mut(each * steps * LANES).enumerate() {
             pack(&a, t * each, packed.len() / (steps * LANES), bytemuck::cast_slice_mut(packed));
         }
         let packed = &*packed;
-        let grain = (65536 / (m * k)).div_ceil(GROUP).max(1);
-        parallel_for(n.div_ceil(GROUP), grain, |groups| {
-            let columns = groups.start * GROUP..(groups.end * GROUP).min(n);
-            let mut sums = Sums([0.0; MOST * COLUMNS]);
-            for first in columns.clone().step_by(COLUMNS) {
-                let count = COLUMNS.min(columns.end - first);
-                for j in (0..count).step_by(GROUP) {
-                    let group = Group { b: &b, first: first + j, count: GROUP.min(count - j) };
-                    group.product(packed, each, part, &mut sums.0[j..]);
+        let grain = (65536 / (m * k)).div_ceil(PIECE).max(1);
+        parallel_for(n.div_ceil(PIECE), grain, |pieces| {
+            let columns = pieces.start * PIECE..(pieces.end * PIECE).min(n);
+            with_workspace(m * GROUP, |sums| {
+                for first in columns.clone().step_by(plan.group) {
+                    let count = plan.group.min(columns.end - first);
+                    Group { b: &b, first, count }.product(packed, &plan, sums);
+                    sink.store_tile([0, first], [m, count], sums, GROUP);
                 }
-                sink.store_tile([0, first], [m, count], &sums.0, COLUMNS);
-            }
+            });
         });
     });
+}
+
+/// How a product is cut.
+struct Plan {
+    /// Rows of a tile, but for the last one.
+    each: usize,
+    /// Tiles.
+    tiles: usize,
+    /// Steps of depth of a part.
+    part: usize,
+    /// Columns of a tile.
+    width: usize,
+    /// Columns that pass by a part, and whose results are stored together.
+    group: usize,
+}
+
+impl Plan {
+    /// Of `m` rows, so many steps deep.
+    fn new(m: usize, steps: usize) -> Plan {
+        let tiles = m.div_ceil(ROWS);
+        // Few rows wait for memory, which is read best one column after the other.
+        let (part, width, group) = match m {
+            ..5 => (PART / 2 / m, 1, PIECE),
+            5..=ROWS => (PART / 2 / m, WIDTH, PIECE),
+            _ => (PART / m, WIDTH, GROUP),
+        };
+        // Parts of about the same size.
+        let part = steps.div_ceil(steps.div_ceil(part));
+        Plan { each: m.div_ceil(tiles), tiles, part, width, group }
+    }
 }
 
 fn lanes<T>() -> usize {
     64 / size_of::<T>()
 }
-
-#[repr(align(64))]
-struct Sums([f32; MOST * COLUMNS]);
 
 /// Interleaves `rows` rows of `a` from `first` on: a vector of each, step after step.
 fn pack<T: Float>(a: &Mat<'_, T>, first: usize, rows: usize, out: &mut [T]) {
@@ -98,42 +123,49 @@ struct Group<'a, T> {
 }
 
 impl<T: Float> Group<'_, T> {
-    /// Products with `packed`, tiles of `each` rows, into `sums`, whose rows are [`COLUMNS`] long:
-    /// so many steps of depth (`part`) after the other.
-    fn product(&self, packed: &[f32], each: usize, part: usize, sums: &mut [f32]) {
-        let Group { b, first, count } = *self;
-        let steps = b.rows.div_ceil(lanes::<T>());
-        let width = self.width(packed.len() / (steps * LANES));
-        // While a group is multiplied the next one is asked for, in the order of addresses; or what
-        // follows soon, where columns are read whole.
-        let column = |j: usize| b.data.as_ptr().wrapping_add((first + j) * b.col_stride);
-        let mut next = match each {
-            1..5 if part >= steps => column(0).cast::<i8>().wrapping_add(AHEAD),
-            _ => column(GROUP).cast(),
-        };
+    /// Products with `packed` into `sums`, whose rows are [`GROUP`] long: a part of the depth after
+    /// the other.
+    fn product(&self, packed: &[f32], plan: &Plan, sums: &mut [f32]) {
+        let Plan { each, tiles, width, part, group } = *plan;
+        let steps = self.b.rows.div_ceil(lanes::<T>());
+        let mut ahead = self.line(group, 0);
         for at in (0..steps).step_by(part) {
             let len = part.min(steps - at);
-            for (t, packed) in packed.chunks(each * steps * LANES).enumerate() {
-                let rows = packed.len() / (steps * LANES);
-                let packed = &packed[at * rows * LANES..(at + len) * rows * LANES];
-                for j in (0..count).step_by(width) {
-                    let columns = width.min(count - j);
-                    let sums = &mut sums[t * each * COLUMNS + j..];
-                    let stride = if t == 0 { 64 } else { 0 };
-                    self.dots(packed, rows, at, j..j + columns, width, (next, stride), sums);
-                    next = next.wrapping_add(stride * width * len);
+            for j in (0..self.count).step_by(width) {
+                let columns = j..(j + width).min(self.count);
+                for (t, packed) in packed.chunks(each * steps * LANES).enumerate() {
+                    let rows = packed.len() / (steps * LANES);
+                    let packed = &packed[at * rows * LANES..(at + len) * rows * LANES];
+                    let next: [_; WIDTH] = std::array::from_fn(|s| match tiles {
+                        1 => ahead.wrapping_add(s * 64),
+                        // Each column is asked for by one tile.
+                        _ if s % tiles == t => self.soon(j + s, at, plan),
+                        _ => self.line(j, at),
+                    });
+                    let stride = if tiles == 1 { width * 64 } else { 64 };
+                    let sums = &mut sums[t * each * GROUP + j..];
+                    self.dots(packed, rows, at, columns.clone(), width, (next, stride), sums);
                 }
+                ahead = ahead.wrapping_add(width * len * 64);
             }
         }
     }
 
-    /// Columns that a kernel takes at once: one, read in the order of addresses; three where products
-    /// take their time too; four for one row where each fills a page, so that several are read ahead.
-    fn width(&self, rows: usize) -> usize {
-        match rows {
-            0 | 1 if self.b.rows * size_of::<T>() >= PAGE => 4,
-            0..5 => 1,
-            _ => 3,
+    /// Where step `at` of a column lies; of any number, to be asked for only.
+    fn line(&self, column: usize, at: usize) -> *const i8 {
+        let start = self.b.data.as_ptr().cast::<i8>();
+        start.wrapping_add((self.first + column) * self.b.col_stride * size_of::<T>() + at * 64)
+    }
+
+    /// What is read [`AHEAD`] columns after step `at` of a column.
+    fn soon(&self, column: usize, at: usize, plan: &Plan) -> *const i8 {
+        let ahead = column + AHEAD;
+        match ahead.checked_sub(self.count) {
+            None => self.line(ahead, at),
+            Some(over) if (at + plan.part) * lanes::<T>() < self.b.rows => {
+                self.line(over, at + plan.part)
+            }
+            Some(over) => self.line(plan.group + over, 0),
         }
     }
 
@@ -145,20 +177,20 @@ impl<T: Float> Group<'_, T> {
         at: usize,
         columns: std::ops::Range<usize>,
         width: usize,
-        next: (*const i8, usize),
+        next: ([*const i8; WIDTH], usize),
         sums: &mut [f32],
     ) {
         let Group { b, first, .. } = *self;
         let (from, count) = (at * lanes::<T>(), columns.len());
         let len = (b.rows - from).min(packed.len() / (rows * LANES) * lanes::<T>());
-        assert!(count > 0 && count <= width && sums.len() >= (rows - 1) * COLUMNS + count);
+        assert!(count > 0 && count <= width && sums.len() >= (rows - 1) * GROUP + count);
         assert!((first + columns.end - 1) * b.col_stride + from + len <= b.data.len());
         #[cfg(target_arch = "x86_64")]
         {
             // Beyond the end a column is read twice and stored once.
             let column =
                 |j: usize| (first + columns.start + j.min(count - 1)) * b.col_stride + from;
-            let columns: [*const T; 4] = std::array::from_fn(|j| b.data[column(j)..].as_ptr());
+            let columns: [*const T; WIDTH] = std::array::from_fn(|j| b.data[column(j)..].as_ptr());
             let a = packed.as_ptr();
             let out = (sums.as_mut_ptr(), count, at > 0);
             macro_rules! call {
@@ -170,13 +202,13 @@ impl<T: Float> Group<'_, T> {
                             let columns = columns.map(<*const T>::cast);
                             x86::$kernel::<$m, $s>(a.cast(), columns, len, next, out)
                         },)*
-                        _ => unreachable!("no kernel of {rows} rows and {width} columns"),
+                        _ => unreachable!("no kernel of {rows} rows"),
                     }
                 };
             }
             match size_of::<T>() {
-                4 => call!(f32: 1 1, 1 4, 2 1, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
-                _ => call!(bf16: 1 1, 1 4, 2 1, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
+                4 => call!(f32: 1 1, 2 1, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
+                _ => call!(bf16: 1 1, 2 1, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -191,7 +223,7 @@ impl<T: Float> Group<'_, T> {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::COLUMNS;
+    use super::{GROUP, WIDTH};
 
     macro_rules! kernel {
         ($name:ident, $element:ty, $features:literal, $lanes:literal, $mask:ty, $load:expr, $product:expr) => {
@@ -199,21 +231,20 @@ mod x86 {
             ///
             /// # Safety
             /// The instructions; `a` holds `M` rows in whole steps, every column `k` elements;
-            /// `out` has `M` rows of `count <= S`, `COLUMNS` apart.
+            /// `out` has `M` rows of `count <= S`, `GROUP` apart.
             #[target_feature(enable = $features)]
             pub(super) unsafe fn $name<const M: usize, const S: usize>(
                 a: *const $element,
-                b: [*const $element; 4],
+                b: [*const $element; WIDTH],
                 k: usize,
-                (next, stride): (*const i8, usize),
+                (next, stride): ([*const i8; WIDTH], usize),
                 (out, count, add): (*mut f32, usize, bool),
             ) {
                 let mut acc = [[_mm512_setzero_ps(); S]; M];
                 let step = |i: usize, mask: $mask, acc: &mut [[__m512; S]; M]| {
                     // SAFETY: masked to the column's end; a prefetch may point anywhere.
                     let y: [_; S] = std::array::from_fn(|s| unsafe {
-                        let ahead = next.wrapping_add(stride * (i * S + s));
-                        _mm_prefetch::<_MM_HINT_T1>(ahead);
+                        _mm_prefetch::<_MM_HINT_T0>(next[s].wrapping_add(stride * i));
                         $load(mask, b[s].add(i * $lanes))
                     });
                     for (m, acc) in acc.iter_mut().enumerate() {
@@ -233,10 +264,10 @@ mod x86 {
                 let stored = (u8::MAX >> (8 - count)) as __mmask8;
                 for m in 0..M {
                     let sum = |s: usize| if s < S { acc[m][s] } else { _mm512_setzero_ps() };
-                    let four = four_sums([sum(0), sum(1), sum(2), sum(3)]);
+                    let four = four_sums([sum(0), sum(1), sum(2), _mm512_setzero_ps()]);
                     // SAFETY: masked to `count`.
                     unsafe {
-                        let out = out.add(m * COLUMNS);
+                        let out = out.add(m * GROUP);
                         let before = _mm_maskz_loadu_ps(if add { stored } else { 0 }, out);
                         _mm_mask_storeu_ps(out, stored, _mm_add_ps(before, four));
                     }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use crate::check::{activation, close, everywhere, noise, rounding, transposed, wide};
 
-const SHAPES: [[usize; 3]; 16] = [
+const SHAPES: [[usize; 3]; 18] = [
     [17, 40, 0],
     [1, 1, 1],
     [1, 37, 65],
@@ -15,6 +15,8 @@ const SHAPES: [[usize; 3]; 16] = [
     [7, 130, 64],
     [8, 37, 1700],
     [19, 50, 801],
+    [3, 20, 2100],
+    [12, 250, 1100],
     [14, 32, 64],
     [15, 33, 17],
     [49, 70, 33],
