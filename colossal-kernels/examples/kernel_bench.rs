@@ -68,12 +68,7 @@ const COLD: usize = 256 << 20;
 fn few_rows<T: Float>([m, n, k]: [usize; 3]) {
     let bytes = n * k * size_of::<T>();
     let weights: Vec<Block> = (0..(COLD / bytes).max(2))
-        .map(|i| {
-            let mut block = Block::zeroed(bytes);
-            let values = noise::<T>(n * k, i as u32);
-            block.bytes_mut(bytes).copy_from_slice(bytemuck::cast_slice(&values));
-            block
-        })
+        .map(|i| large::<T>(n * k, i as u32))
         .collect();
     let mut next = weights.iter().map(|w| w.bytes(bytes)).cycle();
     let (x, mut y) = (noise::<T>(m * k, 1), vec![T::zeroed(); m * n]);
@@ -102,14 +97,30 @@ fn noise<T: Float>(n: usize, seed: u32) -> Vec<T> {
     (0..n).map(|_| next()).collect()
 }
 
+/// Noise on huge pages, where a model's tensors lie.
+fn large<T: Float>(n: usize, seed: u32) -> Block {
+    let bytes = n * size_of::<T>();
+    let mut block = Block::zeroed(bytes);
+    block.bytes_mut(bytes).copy_from_slice(bytemuck::cast_slice(&noise::<T>(n, seed)));
+    block
+}
+
+fn values<T: Float>(x: &Block, n: usize) -> &[T] {
+    bytemuck::cast_slice(x.bytes(n * size_of::<T>()))
+}
+
 fn case<T: Float>(kernel: &str, sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
     Some(match (kernel, sizes) {
-        ("gemm", &[m, n, k]) => {
-            let (a, b) = (noise::<T>(m * k, 1), noise::<T>(n * k, 2));
-            let mut c = vec![T::zeroed(); m * n];
+        // A linear layer, the gradient of its input, and that of its weights.
+        ("gemm" | "gemm_nn" | "gemm_tn", &[m, n, k]) => {
+            let (a, b, mut c) = (large::<T>(m * k, 1), large::<T>(n * k, 2), large::<T>(m * n, 3));
+            let (left, right) = (kernel == "gemm_tn", kernel == "gemm");
             Box::new(move || {
-                let (a, b) = (Mat::new(&a, m, k), Mat::new(&b, n, k).t());
-                gemm(a, b, MatMut::new(&mut c, m, n), &Epilogue::default());
+                let [a, b] = [(&a, m * k), (&b, n * k)].map(|(x, n)| values::<T>(x, n));
+                let a = if left { Mat::new(a, k, m).t() } else { Mat::new(a, m, k) };
+                let b = if right { Mat::new(b, n, k).t() } else { Mat::new(b, k, n) };
+                let c = bytemuck::cast_slice_mut(c.bytes_mut(m * n * size_of::<T>()));
+                gemm(a, b, MatMut::<T>::new(c, m, n), &Epilogue::default());
             })
         }
         ("attention", &[batch, len, heads, d]) => {
@@ -144,13 +155,8 @@ fn case<T: Float>(kernel: &str, sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
             })
         }
         ("adamw", &[n]) => {
-            let mut states = [0; 4].map(|_| Block::zeroed(n * size_of::<f32>()));
-            for (i, state) in states[..2].iter_mut().enumerate() {
-                let values = noise::<f32>(n, i as u32);
-                state
-                    .bytes_mut(n * size_of::<f32>())
-                    .copy_from_slice(bytemuck::cast_slice(&values));
-            }
+            let zeros = || Block::zeroed(n * size_of::<f32>());
+            let mut states = [large::<f32>(n, 0), large::<f32>(n, 1), zeros(), zeros()];
             let rule = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
             Box::new(move || {
                 let [p, g, m, v] = states
