@@ -67,9 +67,8 @@ const COLD: usize = 256 << 20;
 /// reading the same weights, in turns with the products, or multiplying if that takes longer.
 fn few_rows<T: Float>([m, n, k]: [usize; 3]) {
     let bytes = n * k * size_of::<T>();
-    let weights: Vec<Block> = (0..(COLD / bytes).max(2))
-        .map(|i| large::<T>(n * k, i as u32))
-        .collect();
+    let weights: Vec<Block> =
+        (0..(COLD / bytes).max(2)).map(|i| large::<T>(n * k, i as u32)).collect();
     let mut next = weights.iter().map(|w| w.bytes(bytes)).cycle();
     let (x, mut y) = (noise::<T>(m * k, 1), vec![T::zeroed(); m * n]);
     let (mut times, mut reads) = (vec![], vec![]);

@@ -107,7 +107,7 @@ pub(crate) fn with_workspace<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> 
 }
 
 /// Steps of depth of one pass; longer products are added up in f32.
-const DEPTH: usize = 1024;
+const DEPTH: usize = 2048;
 
 /// The product of `a` and `b` into `c`; see the module's head and [`Epilogue`].
 ///

@@ -16,8 +16,10 @@ use crate::threads::{Parts, count, parallel_each, parallel_for};
 
 /// Multiply-adds of one item of work, in floats: some 100 microseconds.
 const ITEM: usize = 6 << 20;
-/// Panels of one group of rows at most: they should stay in a 1 MiB second-level cache.
+/// Panels of one group of rows at most …
 const GROUP: usize = 8;
+/// … and the floats in them: they should stay in a 1 MiB second-level cache.
+const ROOM: usize = 112 << 10;
 /// Rows times columns of a cell over their sum, at least: of 256 x 256 it is this.
 const CELL: usize = 128;
 /// Panels of rows that meet a panel of `b` as soon as it is packed; while they do, the next is fetched.
@@ -92,7 +94,7 @@ fn together<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &S
         });
         let space_b = &*space_b;
         let Split { groups, blocks } =
-            Split::of(panels_a - first, panels_b, kernel.panel(kernel.mr, k) * kernel.nr);
+            Split::of(panels_a - first, panels_b, kernel.panel(kernel.mr, k), kernel.nr);
         let bound = |group: usize| first + (panels_a - first) * group / groups;
         let item = |item: usize| {
             let (group, block) = (item / blocks, item % blocks);
@@ -216,9 +218,10 @@ struct Split {
 impl Split {
     /// Equal items, a multiple of the threads in number: small enough that threads end together,
     /// and that a group stays in the second-level cache while columns pass by.
-    fn of(panels_a: usize, panels_b: usize, tile: usize) -> Split {
+    fn of(panels_a: usize, panels_b: usize, panel: usize, nr: usize) -> Split {
         let threads = count();
-        let most = (ITEM / (tile * panels_b).max(1)).clamp(1, GROUP);
+        let room = (ROOM / panel.max(1)).clamp(1, GROUP);
+        let most = (ITEM / (panel * nr * panels_b).max(1)).clamp(1, room);
         let rounds = panels_a.div_ceil(most * threads);
         let groups = (rounds * threads).min(panels_a);
         // Few rows: threads share them and split the columns.
