@@ -26,8 +26,8 @@ pub(crate) struct Args {
     /// `train` (whole steps), `plans` (steps in parallel), `decode` (generation), `kernels`, `comm`
     /// (collectives), or a criterion bench; nothing runs them all.
     name: Option<String>,
-    /// Peers: `python=PATH` of a Python that has torch; `candle` (of `train` in f32), which is built
-    /// on first use. May be given more than once.
+    /// Peers: `python=PATH` of a Python that has torch; `candle` (of `train` in f32) and `gemm` (of
+    /// `kernels` in f32), which are built on first use. May be given more than once.
     #[arg(long)]
     peer: Vec<String>,
     /// Turns each side takes.
@@ -99,7 +99,7 @@ fn train(args: &Args) -> Result<Vec<Value>> {
             let mut ours = Prompt::start(&ours, &[model, &threads, precision, "serve"], &[])?;
             let mut peers = start(args, "xtask/peers/train_torch.py", &peers)?;
             if precision == "f32" {
-                peers.extend(candle(args, model)?);
+                peers.extend(built(args, "candle", "train_candle", model)?);
             }
             rows.extend(turns(args, &what, "step", &mut ours, &mut peers, "tokens/s")?);
         }
@@ -194,13 +194,14 @@ fn kernels(args: &Args) -> Result<Vec<Value>> {
     let peer = best(args, &["--threads", threads.as_str()]);
     let mut peers = start(args, "xtask/peers/kernels_torch.py", &[peer])?;
     // numpy comes with torch nearly always; its OpenBLAS has products of f32.
-    let mut blas = vec![];
+    let mut products = vec![];
     if let Some(python) = python(args)?
         && output(python, &["-c", "import numpy; print('here')"]).is_ok_and(|x| x.ends_with("here"))
     {
         let peer = Peer::new("best kernels", &["--threads", threads.as_str()], false);
-        blas = start(args, "xtask/peers/kernels_numpy.py", &[peer])?;
+        products = start(args, "xtask/peers/kernels_numpy.py", &[peer])?;
     }
+    products.extend(built(args, "gemm", "kernels_gemm", &threads)?);
     let mut rows = Vec::new();
     for case in CASES.iter().filter(|c| c.contains(&args.only)) {
         // Of DeepSpeed there is one kernel to compare with, if it is installed.
@@ -213,11 +214,11 @@ fn kernels(args: &Args) -> Result<Vec<Value>> {
         }
         let others = peers.len();
         if case.starts_with("gemm f32") {
-            peers.append(&mut blas);
+            peers.append(&mut products);
         }
         rows.extend(turns(args, case, case, &mut ours, &mut peers, "calls/s")?);
         if case.starts_with("gemm f32") {
-            blas = peers.split_off(others);
+            products = peers.split_off(others);
         }
     }
     Ok(rows)
@@ -236,24 +237,30 @@ fn python(args: &Args) -> Result<Option<&str>> {
     for peer in &args.peer {
         match peer.split_once('=') {
             Some(("python", path)) => python = Some(path),
-            None if peer == "candle" => {}
-            _ => bail!("--peer takes python=<path to a Python that has torch>, or candle"),
+            None if ["candle", "gemm"].contains(&peer.as_str()) => {}
+            _ => bail!("--peer takes python=<path to a Python that has torch>, candle, or gemm"),
         }
     }
     Ok(python)
 }
 
-/// candle's training step, if it was asked for: a program of its own, for this machine's instructions.
-fn candle(args: &Args, model: &str) -> Result<Option<(String, Prompt)>> {
-    if !args.peer.iter().any(|p| p == "candle") {
+/// A peer in Rust, if it was asked for: a program of its own, for this machine's instructions.
+fn built(
+    args: &Args,
+    peer: &str,
+    folder: &str,
+    argument: &str,
+) -> Result<Option<(String, Prompt)>> {
+    if !args.peer.iter().any(|p| p == peer) {
         return Ok(None);
     }
-    let manifest = "xtask/peers/train_candle/Cargo.toml";
-    let build = ["build", "--release", "--manifest-path", manifest, "--target-dir", "target/peers"];
+    let manifest = format!("xtask/peers/{folder}/Cargo.toml");
+    let build =
+        ["build", "--release", "--manifest-path", &manifest, "--target-dir", "target/peers"];
     run(&cargo(), &build, &[("RUSTFLAGS", "-Ctarget-cpu=native")])?;
-    let threads = [("RAYON_NUM_THREADS", args.threads.to_string())];
-    let threads = threads.each_ref().map(|(k, v)| (*k, v.as_str()));
-    let prompt = Prompt::start("target/peers/release/train-candle", &[model], &threads)?;
+    let threads = args.threads.to_string();
+    let program = format!("target/peers/release/{}", folder.replace('_', "-"));
+    let prompt = Prompt::start(&program, &[argument], &[("RAYON_NUM_THREADS", &threads)])?;
     Ok(Some((prompt.name.clone(), prompt)))
 }
 
