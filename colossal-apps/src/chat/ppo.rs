@@ -59,7 +59,7 @@ impl Default for PpoConfig {
             rollouts: 64,
             epochs: 2,
             minibatches: 2,
-            kl_coef: 0.05,
+            kl_coef: 0.1,
             gamma: 1.0,
             lambda: 0.95,
             clip: 0.2,
