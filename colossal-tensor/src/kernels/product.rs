@@ -39,7 +39,7 @@ impl<'a, T> Mat<'a, T> {
 /// turns in that much scratch.
 const PACKED: usize = 512 << 10;
 /// The deepest packed panels of the host's products.
-const DEPTH: usize = 1024;
+const DEPTH: usize = 2048;
 
 /// How many columns of a product on the host are computed at once.
 fn at_once(rows: usize, cols: usize, depth: usize) -> usize {
