@@ -1,6 +1,7 @@
 //! What happens to a product on its way out, and where it goes.
 
 use super::Mat;
+use super::micro::{Out, TILE};
 use crate::activation::gelu_by_tanh;
 use crate::float::Float;
 use crate::isa::simd;
@@ -114,41 +115,43 @@ impl<'a, O: Float, E: Float> Sink<'a, O, E> {
         }
     }
 
-    /// Where a tile of c starts, if the kernel may write it by itself, and whether it adds to what
-    /// is there: by then bias and residual, if there are any.
+    /// Where a tile of c starts and what is added to it, if the kernel may write it by itself; with
+    /// `narrow`, as bf16 too. `room` is for what is added, unless that lies somewhere as f32.
     #[inline(always)]
     pub(super) fn direct(
         &self,
-        row: usize,
-        col: usize,
+        [row, col]: [usize; 2],
         [rows, cols]: [usize; 2],
-    ) -> Option<(*mut f32, bool)> {
-        let e = &self.epilogue;
-        if O::NAME != "f32" || self.col_stride != 1 || !e.is_sum() {
+        narrow: bool,
+        room: &mut [f32; TILE],
+    ) -> Option<Out> {
+        let (e, stride) = (&self.epilogue, self.row_stride);
+        let narrow = narrow && O::NAME == "bf16";
+        let adds = e.accumulate && (narrow || !e.is_plain());
+        if !(narrow || O::NAME == "f32") || self.col_stride != 1 || !e.is_sum() || adds {
             return None;
         }
-        let at = row * self.row_stride + col;
-        let c: *mut f32 = self.data.at(at..at + (rows - 1) * self.row_stride + cols).cast();
-        if e.is_plain() {
-            return Some((c, e.accumulate));
-        }
-        if e.accumulate || E::NAME != "f32" {
-            return None;
-        }
-        let bias: Option<&[f32]> = e.bias.map(|b| bytemuck::cast_slice(&b[col..col + cols]));
-        for i in 0..rows {
-            // SAFETY: rows of the tile are in bounds and belong to this piece alone.
-            let out = unsafe { std::slice::from_raw_parts_mut(c.add(i * self.row_stride), cols) };
-            let residual = part(&e.residual, row + i, col, cols).map(bytemuck::cast_slice);
-            match (residual, bias) {
-                (Some(x), None) | (None, Some(x)) => out.copy_from_slice(x),
-                (Some(x), Some(y)) => {
-                    out.iter_mut().zip(x).zip(y).for_each(|((o, x), y)| *o = x + y);
-                }
-                (None, None) => {}
+        let at = row * stride + col;
+        let at = self.data.at(at..at + (rows - 1) * stride + cols).cast();
+        let out = Out { narrow, ..Out::new(at, stride, e.accumulate) };
+        let (plus, plus_stride) = match (&e.bias, &e.residual) {
+            (None, None) => return Some(out),
+            (Some(bias), None) if E::NAME == "f32" => (bias[col..col + cols].as_ptr().cast(), 0),
+            (None, Some(x)) if E::NAME == "f32" => {
+                let at = row * x.row_stride + col;
+                let tile = &x.data[at..at + (rows - 1) * x.row_stride + cols];
+                (tile.as_ptr().cast(), x.row_stride)
             }
-        }
-        Some((c, true))
+            (_, None) => {
+                added(e, [row, col], [1, cols], room);
+                (room.as_ptr(), 0)
+            }
+            (_, Some(_)) => {
+                added(e, [row, col], [rows, cols], room);
+                (room.as_ptr(), cols)
+            }
+        };
+        Some(Out { plus, plus_stride, ..out })
     }
 
     /// Writes a tile, whose rows lie `stride` apart, at `(row, col)` of c.
@@ -190,6 +193,26 @@ impl<'a, O: Float, E: Float> Sink<'a, O, E> {
             // SAFETY: every element of c is stored by exactly one piece.
             let out = unsafe { self.data.range(at..at + 1) };
             store_body(e, row, col + j, std::slice::from_ref(v), out);
+        }
+    }
+}
+
+simd! {
+    /// Bias, residual, or their sum, of a tile at row and column, dense.
+    fn added<E: Float>(e: &Epilogue<'_, E>, at: [usize; 2], size: [usize; 2], out: &mut [f32]) {
+        let ([row, col], [rows, cols]) = (at, size);
+        let bias = e.bias.map(|bias| &bias[col..col + cols]);
+        for (i, out) in out.chunks_exact_mut(cols).enumerate().take(rows) {
+            match (bias, part(&e.residual, row + i, col, cols)) {
+                (None, None) => out.fill(0.0),
+                (Some(x), None) | (None, Some(x)) => {
+                    out.iter_mut().zip(x).for_each(|(o, x)| *o = x.to_f32());
+                }
+                (Some(x), Some(y)) => {
+                    let both = x.iter().zip(y);
+                    out.iter_mut().zip(both).for_each(|(o, (x, y))| *o = x.to_f32() + y.to_f32());
+                }
+            }
         }
     }
 }

@@ -22,10 +22,35 @@ pub(crate) struct Kernel {
     pub(crate) pairs: bool,
     /// Of one row, of two, … of `mr`.
     run: &'static [Run],
+    /// The same that round to bf16, if there are any.
+    narrow: &'static [Run],
 }
 
-/// `(steps, a, strides of a by row and by step, panel of b, c, row stride of c, add to c, what to fetch meanwhile)`
-type Run = unsafe fn(usize, *const f32, [usize; 2], *const f32, *mut f32, usize, bool, Ahead);
+/// `(steps, a, strides of a by row and by step, panel of b, where to, what to fetch meanwhile)`
+type Run = unsafe fn(usize, *const f32, [usize; 2], *const f32, Out, Ahead);
+
+/// Where a tile goes, and what is added to it on the way.
+#[derive(Clone, Copy)]
+pub(super) struct Out {
+    /// Its first element: an f32, or a bf16 if `narrow`.
+    pub(super) at: *mut f32,
+    /// Elements from row to row.
+    pub(super) stride: usize,
+    /// Round to bf16: where the kernel [can](Kernel::narrows).
+    pub(super) narrow: bool,
+    /// Rows that are added, of f32; none if null. They may be those of the tile itself, or one for all.
+    pub(super) plus: *const f32,
+    /// Floats from one of them to the next.
+    pub(super) plus_stride: usize,
+}
+
+impl Out {
+    /// Rows of f32, `stride` apart; with `add`, a sum with what is there.
+    pub(super) fn new(at: *mut f32, stride: usize, add: bool) -> Out {
+        let plus = if add { at.cast_const() } else { std::ptr::null() };
+        Out { at, stride, narrow: false, plus, plus_stride: stride }
+    }
+}
 
 /// What is fetched into the second-level cache while a tile is computed, a line each step: sixteen lines
 /// `near` bytes apart, then sixteen more, `far` bytes behind the first.
@@ -70,17 +95,20 @@ impl Kernel {
         #[cfg(target_arch = "x86_64")]
         match isa() {
             Isa::Avx512Bf16 if T::NAME == "bf16" => {
-                return Kernel { mr: 14, nr: 32, pairs: true, run: &x86::BF16_14X32 };
+                let (run, narrow) = (&x86::BF16_14X32, &x86::BF16_14X32_NARROW);
+                return Kernel { mr: 14, nr: 32, pairs: true, run, narrow };
             }
             Isa::Avx512 | Isa::Avx512Bf16 => {
-                return Kernel { mr: 14, nr: 32, pairs: false, run: &x86::F32_14X32 };
+                return Kernel { mr: 14, nr: 32, pairs: false, run: &x86::F32_14X32, narrow: &[] };
             }
-            Isa::Avx2 => return Kernel { mr: 6, nr: 16, pairs: false, run: &x86::F32_6X16 },
+            Isa::Avx2 => {
+                return Kernel { mr: 6, nr: 16, pairs: false, run: &x86::F32_6X16, narrow: &[] };
+            }
             Isa::Portable => {}
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = T::NAME;
-        Kernel { mr: 4, nr: 16, pairs: false, run: &PORTABLE_4X16 }
+        Kernel { mr: 4, nr: 16, pairs: false, run: &PORTABLE_4X16, narrow: &[] }
     }
 
     /// Floats of a panel of `width` rows and depth `k`.
@@ -91,6 +119,11 @@ impl Kernel {
     /// Steps of depth `k`.
     pub(crate) fn steps(&self, k: usize) -> usize {
         if self.pairs { k.div_ceil(2) } else { k }
+    }
+
+    /// Can it round its results to bf16?
+    pub(super) fn narrows(&self) -> bool {
+        !self.narrow.is_empty()
     }
 
     /// `c = a b`, or `c += a b` with `add`: `rows` rows of a tile, over `steps` of depth.
@@ -109,13 +142,17 @@ impl Kernel {
     ) {
         assert!(c.len() >= (rows - 1) * stride + self.nr);
         // SAFETY: the tile is in bounds by the assertion.
-        unsafe { self.tile_at(rows, steps, a, strides, b, c.as_mut_ptr(), stride, add, next) }
+        unsafe {
+            let out = Out::new(c.as_mut_ptr(), stride, add);
+            self.tile_at(rows, steps, a, strides, b, out, next);
+        }
     }
 
-    /// As [`Kernel::tile`] where `c` interleaves with what other threads write.
+    /// As [`Kernel::tile`] where the tile interleaves with what other threads write.
     ///
     /// # Safety
-    /// `c` leads to these rows of a tile, which are this thread's alone.
+    /// `out` leads to these rows of a tile, which are this thread's alone, and to as many that are
+    /// added, if any.
     #[inline(always)]
     pub(super) unsafe fn tile_at(
         &self,
@@ -124,21 +161,18 @@ impl Kernel {
         a: &[f32],
         strides: [usize; 2],
         b: &[f32],
-        c: *mut f32,
-        stride: usize,
-        add: bool,
+        out: Out,
         next: Ahead,
     ) {
+        let run = if out.narrow { self.narrow } else { self.run };
         let [row, step] = strides;
         assert!(
             steps == 0
                 || (a.len() > (rows - 1) * row + (steps - 1) * step && b.len() >= steps * self.nr)
         );
         // SAFETY: `of` picked a kernel of this machine's instructions; a and b are in bounds by
-        // the assertion, c by contract.
-        unsafe {
-            (self.run[rows - 1])(steps, a.as_ptr(), strides, b.as_ptr(), c, stride, add, next)
-        }
+        // the assertion, the rest by contract.
+        unsafe { (run[rows - 1])(steps, a.as_ptr(), strides, b.as_ptr(), out, next) }
     }
 }
 
@@ -147,15 +181,13 @@ static PORTABLE_4X16: [Run; 4] = [portable::<1>, portable::<2>, portable::<3>, p
 /// Plain code: rows of sixteen.
 ///
 /// # Safety
-/// `a` has `R` rows of `steps` steps at these strides, `b` holds `16 steps` floats, `c` `R` rows of 16.
+/// `a` has `R` rows of `steps` steps at these strides, `b` holds `16 steps` floats, `out` `R` rows of 16 f32.
 unsafe fn portable<const R: usize>(
     steps: usize,
     a: *const f32,
     [row, step]: [usize; 2],
     b: *const f32,
-    c: *mut f32,
-    stride: usize,
-    add: bool,
+    out: Out,
     _next: Ahead,
 ) {
     let mut acc = [[0.0f32; 16]; R];
@@ -171,45 +203,48 @@ unsafe fn portable<const R: usize>(
         }
     }
     for (i, acc) in acc.iter().enumerate() {
-        // SAFETY: by contract.
-        let c = unsafe { std::slice::from_raw_parts_mut(c.add(i * stride), 16) };
-        for (c, acc) in c.iter_mut().zip(acc) {
-            *c = if add { *c + acc } else { *acc };
+        for (j, acc) in acc.iter().enumerate() {
+            // SAFETY: by contract.
+            unsafe {
+                let plus = out.plus.wrapping_add(i * out.plus_stride + j);
+                let sum = if out.plus.is_null() { *acc } else { acc + *plus };
+                out.at.add(i * out.stride + j).write(sum);
+            }
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Ahead, Run};
+    use super::{Ahead, Out, Run};
     use std::arch::x86_64::*;
 
-    /// A kernel of two vectors a row. `$product(acc, a, b)` adds a product to a sum.
+    /// A kernel of two vectors a row. `$product(acc, a, b)` adds a product to a sum; `$store(c, x, y)`
+    /// writes a row of `$item`.
     macro_rules! kernel {
         ($(#[$doc:meta])* $all:ident [$($rows:literal)*], $name:ident, $features:literal, $lanes:literal,
-         $zero:ident, $load:ident, $store:ident, $add:ident, $broadcast:ident, $product:expr) => {
+         $zero:ident, $load:ident, $add:ident, $broadcast:ident, $product:expr, $item:ty, $store:expr) => {
             pub(super) static $all: [Run; [$($rows),*].len()] = [$($name::<$rows>),*];
 
             $(#[$doc])*
             ///
             /// # Safety
             /// The instructions; `a` has `R` rows of `steps` steps at these strides, `b` is a panel
-            /// of `steps` steps, `c` has `R` rows, `stride` floats apart.
+            /// of `steps` steps, `out` leads to `R` rows of these items.
             #[target_feature(enable = $features)]
             unsafe fn $name<const R: usize>(
                 steps: usize,
                 a: *const f32,
                 [row, step]: [usize; 2],
                 b: *const f32,
-                c: *mut f32,
-                stride: usize,
-                add: bool,
+                out: Out,
                 next: Ahead,
             ) {
                 const AHEAD: usize = 32;
+                let c = out.at.cast::<$item>();
                 for i in 0..R {
-                    _mm_prefetch::<_MM_HINT_ET0>(c.wrapping_add(i * stride).cast());
-                    _mm_prefetch::<_MM_HINT_ET0>(c.wrapping_add(i * stride + 2 * $lanes - 1).cast());
+                    _mm_prefetch::<_MM_HINT_ET0>(c.wrapping_add(i * out.stride).cast());
+                    _mm_prefetch::<_MM_HINT_ET0>(c.wrapping_add(i * out.stride + 2 * $lanes - 1).cast());
                 }
                 let mut acc = [[$zero(); 2]; R];
                 for k in 0..steps {
@@ -232,14 +267,13 @@ mod x86 {
                 for (i, acc) in acc.iter().enumerate() {
                     // SAFETY: by contract.
                     unsafe {
-                        let c = c.add(i * stride);
                         let (mut c0, mut c1) = (acc[0], acc[1]);
-                        if add {
-                            c0 = $add(c0, $load(c));
-                            c1 = $add(c1, $load(c.add($lanes)));
+                        if !out.plus.is_null() {
+                            let plus = out.plus.add(i * out.plus_stride);
+                            c0 = $add(c0, $load(plus));
+                            c1 = $add(c1, $load(plus.add($lanes)));
                         }
-                        $store(c, c0);
-                        $store(c.add($lanes), c1);
+                        $store(c.add(i * out.stride), c0, c1);
                     }
                 }
             }
@@ -248,23 +282,46 @@ mod x86 {
 
     kernel! {
         /// AVX-512F.
-        F32_14X32 [1 2 3 4 5 6 7 8 9 10 11 12 13 14], f32x32, "avx512f", 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_storeu_ps,
-        _mm512_add_ps, _mm512_set1_ps, |acc, a, b| _mm512_fmadd_ps(a, b, acc)
+        F32_14X32 [1 2 3 4 5 6 7 8 9 10 11 12 13 14], f32x32, "avx512f", 16, _mm512_setzero_ps, _mm512_loadu_ps,
+        _mm512_add_ps, _mm512_set1_ps, |acc, a, b| _mm512_fmadd_ps(a, b, acc), f32, |c: *mut f32, x, y| {
+            _mm512_storeu_ps(c, x);
+            _mm512_storeu_ps(c.add(16), y);
+        }
     }
     kernel! {
         /// AVX-512 BF16.
-        BF16_14X32 [1 2 3 4 5 6 7 8 9 10 11 12 13 14], bf16x32, "avx512f,avx512bf16", 16, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_storeu_ps,
-        _mm512_add_ps, _mm512_set1_ps, |acc, a, b| _mm512_dpbf16_ps(acc, pair(a), pair(b))
+        BF16_14X32 [1 2 3 4 5 6 7 8 9 10 11 12 13 14], bf16x32, "avx512f,avx512bf16", 16, _mm512_setzero_ps, _mm512_loadu_ps,
+        _mm512_add_ps, _mm512_set1_ps, |acc, a, b| _mm512_dpbf16_ps(acc, pair(a), pair(b)), f32, |c: *mut f32, x, y| {
+            _mm512_storeu_ps(c, x);
+            _mm512_storeu_ps(c.add(16), y);
+        }
+    }
+    kernel! {
+        /// AVX-512 BF16, to bf16.
+        BF16_14X32_NARROW [1 2 3 4 5 6 7 8 9 10 11 12 13 14], bf16x32_narrow, "avx512f,avx512bf16", 16, _mm512_setzero_ps, _mm512_loadu_ps,
+        _mm512_add_ps, _mm512_set1_ps, |acc, a, b| _mm512_dpbf16_ps(acc, pair(a), pair(b)), u16, |c: *mut u16, x, y| {
+            _mm512_storeu_si512(c.cast(), words(_mm512_cvtne2ps_pbh(y, x)));
+        }
     }
     kernel! {
         /// AVX2 and FMA.
-        F32_6X16 [1 2 3 4 5 6], f32x16, "avx2,fma", 8, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_storeu_ps,
-        _mm256_add_ps, _mm256_set1_ps, |acc, a, b| _mm256_fmadd_ps(a, b, acc)
+        F32_6X16 [1 2 3 4 5 6], f32x16, "avx2,fma", 8, _mm256_setzero_ps, _mm256_loadu_ps,
+        _mm256_add_ps, _mm256_set1_ps, |acc, a, b| _mm256_fmadd_ps(a, b, acc), f32, |c: *mut f32, x, y| {
+            _mm256_storeu_ps(c, x);
+            _mm256_storeu_ps(c.add(8), y);
+        }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
     fn pair(x: __m512) -> __m512bh {
+        // SAFETY: both are 512 bits without invalid values.
+        unsafe { std::mem::transmute(x) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn words(x: __m512bh) -> __m512i {
         // SAFETY: both are 512 bits without invalid values.
         unsafe { std::mem::transmute(x) }
     }

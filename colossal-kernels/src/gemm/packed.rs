@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::epilogue::Sink;
-use super::micro::{Ahead, Kernel, TILE};
+use super::micro::{Ahead, Kernel, Out, TILE};
 use super::{Mat, pack, with_workspace};
 use crate::float::Float;
 use crate::threads::{Parts, count, parallel_each, parallel_for};
@@ -191,20 +191,18 @@ impl<T: Float, O: Float, E: Float> Rows<'_, T, O, E> {
         let Packed { kernel, a, b, steps, sink, .. } = self.product;
         let (i, j) = (row * kernel.mr, column * kernel.nr);
         let size = [kernel.mr.min(a.rows - i), kernel.nr.min(b.rows - j)];
-        if size[1] == kernel.nr
-            && let Some((c, add)) = sink.direct(i, j, size)
-        {
-            let (rows, strides) = self.at(row);
-            let stride = sink.row_stride;
-            // SAFETY: whole rows of f32 in bounds, this item's alone.
-            unsafe { kernel.tile_at(size[0], *steps, rows, strides, panel, c, stride, add, next) }
-            return;
-        }
-        let c = self.scratch.0.as_mut_ptr();
+        let direct = match size[1] == kernel.nr {
+            true => sink.direct([i, j], size, kernel.narrows(), &mut self.scratch.0),
+            false => None,
+        };
+        let out = direct.unwrap_or(Out::new(self.scratch.0.as_mut_ptr(), kernel.nr, false));
         let (rows, strides) = self.at(row);
-        // SAFETY: the scratch has room for any kernel's tile.
-        unsafe { kernel.tile_at(size[0], *steps, rows, strides, panel, c, kernel.nr, false, next) }
-        sink.store_tile([i, j], size, &self.scratch.0, kernel.nr);
+        // SAFETY: whole rows in bounds that are this item's alone, or scratch, which has room for any
+        // kernel's tile.
+        unsafe { kernel.tile_at(size[0], *steps, rows, strides, panel, out, next) }
+        if direct.is_none() {
+            sink.store_tile([i, j], size, &self.scratch.0, kernel.nr);
+        }
     }
 }
 
