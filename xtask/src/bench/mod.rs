@@ -26,8 +26,8 @@ pub(crate) struct Args {
     /// `train` (whole steps), `plans` (steps in parallel), `decode` (generation), `kernels`, `comm`
     /// (collectives), or a criterion bench; nothing runs them all.
     name: Option<String>,
-    /// Peers: `python=PATH` of a Python that has torch; `candle` (of `train` in f32) and `gemm` (of
-    /// `kernels` in f32), which are built on first use. May be given more than once.
+    /// Peers: `python=PATH` of a Python that has torch; `burn` and `candle` (of `train` in f32) and
+    /// `gemm` (of `kernels` in f32), which are built on first use. May be given more than once.
     #[arg(long)]
     peer: Vec<String>,
     /// Turns each side takes.
@@ -99,7 +99,7 @@ fn train(args: &Args) -> Result<Vec<Value>> {
             let mut ours = Prompt::start(&ours, &[model, &threads, precision, "serve"], &[])?;
             let mut peers = start(args, "xtask/peers/train_torch.py", &peers)?;
             if precision == "f32" {
-                peers.extend(built(args, "candle", "train_candle", model)?);
+                peers.extend(built(args, "train", model)?);
             }
             rows.extend(turns(args, &what, "step", &mut ours, &mut peers, "tokens/s")?);
         }
@@ -201,7 +201,7 @@ fn kernels(args: &Args) -> Result<Vec<Value>> {
         let peer = Peer::new("best kernels", &["--threads", threads.as_str()], false);
         products = start(args, "xtask/peers/kernels_numpy.py", &[peer])?;
     }
-    products.extend(built(args, "gemm", "kernels_gemm", &threads)?);
+    products.extend(built(args, "kernels", &threads)?);
     let mut rows = Vec::new();
     for case in CASES.iter().filter(|c| c.contains(&args.only)) {
         // Of DeepSpeed there is one kernel to compare with, if it is installed.
@@ -237,31 +237,31 @@ fn python(args: &Args) -> Result<Option<&str>> {
     for peer in &args.peer {
         match peer.split_once('=') {
             Some(("python", path)) => python = Some(path),
-            None if ["candle", "gemm"].contains(&peer.as_str()) => {}
-            _ => bail!("--peer takes python=<path to a Python that has torch>, candle, or gemm"),
+            None if BUILT.iter().any(|(_, name)| name == peer) => {}
+            _ => bail!("--peer takes python=<a Python that has torch>, burn, candle or gemm"),
         }
     }
     Ok(python)
 }
 
-/// A peer in Rust, if it was asked for: a program of its own, for this machine's instructions.
-fn built(
-    args: &Args,
-    peer: &str,
-    folder: &str,
-    argument: &str,
-) -> Result<Option<(String, Prompt)>> {
-    if !args.peer.iter().any(|p| p == peer) {
-        return Ok(None);
-    }
-    let manifest = format!("xtask/peers/{folder}/Cargo.toml");
-    let build =
-        ["build", "--release", "--manifest-path", &manifest, "--target-dir", "target/peers"];
-    run(&cargo(), &build, &[("RUSTFLAGS", "-Ctarget-cpu=native")])?;
+/// Peers in Rust, each a program of its own: the bench and the name of `xtask/peers/<bench>_<name>`.
+const BUILT: [(&str, &str); 3] = [("train", "burn"), ("train", "candle"), ("kernels", "gemm")];
+
+/// Builds those of a bench that were asked for, for this machine's instructions, and starts them.
+fn built(args: &Args, bench: &str, argument: &str) -> Result<Vec<(String, Prompt)>> {
     let threads = args.threads.to_string();
-    let program = format!("target/peers/release/{}", folder.replace('_', "-"));
-    let prompt = Prompt::start(&program, &[argument], &[("RAYON_NUM_THREADS", &threads)])?;
-    Ok(Some((prompt.name.clone(), prompt)))
+    let mut started = Vec::new();
+    let asked = |name: &str| args.peer.iter().any(|p| p == name);
+    for (_, name) in BUILT.iter().filter(|(of, name)| *of == bench && asked(name)) {
+        let manifest = format!("xtask/peers/{bench}_{name}/Cargo.toml");
+        let build =
+            ["build", "--release", "--manifest-path", &manifest, "--target-dir", "target/peers"];
+        run(&cargo(), &build, &[("RUSTFLAGS", "-Ctarget-cpu=native")])?;
+        let program = format!("target/peers/release/{bench}-{name}");
+        let prompt = Prompt::start(&program, &[argument], &[("RAYON_NUM_THREADS", &threads)])?;
+        started.push((prompt.name.clone(), prompt));
+    }
+    Ok(started)
 }
 
 /// Starts the peers, if there is a Python to start them with.
