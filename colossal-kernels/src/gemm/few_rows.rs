@@ -1,11 +1,10 @@
 //! Few rows times a transposed matrix, in AVX-512 registers: f32, or bf16 through `vdpbf16ps`.
 //!
-//! Weights come from memory while those before them are multiplied, because they are asked for ahead.
-//! The processor drops what is asked for when too much is on its way into the first-level cache, be it
-//! from the second level: so `a` is cut along the depth into parts that stay in the first level while a
-//! group of columns passes by. Memory is fastest in the order of addresses, which is how one tile of
-//! rows asks for the next group; several tiles, which compute for longer than they read, ask for what
-//! they will read soon.
+//! Weights come from memory while those before them are multiplied: in the order of addresses, which
+//! memory is fastest in, a group of columns is asked into the second-level cache while the group before
+//! it is multiplied. Of what is asked into the first level the processor drops a part when too much is on
+//! its way there, be it from the second level: so `a` is cut along the depth into parts that stay in the
+//! first level while a group passes by, and only the next columns are asked for from there.
 
 use super::{Mat, Sink, with_workspace};
 use crate::float::Float;
@@ -15,15 +14,15 @@ use crate::threads::parallel_for;
 /// Rows of a tile at most.
 const ROWS: usize = 8;
 /// Columns of a tile at most.
-const WIDTH: usize = 3;
-/// Columns that threads take at least, and that pass by a part of one tile.
+const WIDTH: usize = 6;
+/// Columns that threads take at least.
 const PIECE: usize = 12;
-/// Columns that pass by a part of several tiles.
-const GROUP: usize = 96;
+/// Columns of a group at most.
+const GROUP: usize = 48;
+/// Bytes of a group's columns, about: it and the next share the second-level cache with `a`.
+const PASSING: usize = 192 << 10;
 /// Vectors of `a` that stay in the first-level cache.
 const PART: usize = 384;
-/// Columns between what several tiles read and what they ask for.
-const AHEAD: usize = 6;
 /// Floats of a vector; a step of depth is one vector of each operand.
 const LANES: usize = 16;
 
@@ -47,7 +46,7 @@ pub(super) fn gemm<T: Float, O: Float, E: Float>(
         return;
     }
     let steps = k.div_ceil(lanes::<T>());
-    let plan = Plan::new(m, steps);
+    let plan = Plan::new(m, steps, b.col_stride * size_of::<T>());
     let each = plan.each;
     with_workspace(m * steps * LANES, |packed| {
         for (t, packed) in packed.chunks_mut(each * steps * LANES).enumerate() {
@@ -83,17 +82,18 @@ struct Plan {
 }
 
 impl Plan {
-    /// Of `m` rows, so many steps deep.
-    fn new(m: usize, steps: usize) -> Plan {
+    /// Of `m` rows, so many steps deep; columns of `b` lie `apart` bytes from each other.
+    fn new(m: usize, steps: usize, apart: usize) -> Plan {
         let tiles = m.div_ceil(ROWS);
-        // Few rows wait for memory, which is read best one column after the other.
-        let (part, width, group) = match m {
-            ..5 => (PART / 2 / m, 1, PIECE),
-            5..=ROWS => (PART / 2 / m, WIDTH, PIECE),
-            _ => (PART / m, WIDTH, GROUP),
+        let (part, width) = match m {
+            1 => (PART, 6),
+            2..5 => (PART / 2 / m, 1),
+            5..=ROWS => (PART / 2 / m, 3),
+            _ => (PART / m, 3),
         };
         // Parts of about the same size.
         let part = steps.div_ceil(steps.div_ceil(part));
+        let group = (PASSING / apart.max(1)).clamp(width, GROUP) / width * width;
         Plan { each: m.div_ceil(tiles), tiles, part, width, group }
     }
 }
@@ -115,6 +115,17 @@ fn pack<T: Float>(a: &Mat<'_, T>, first: usize, rows: usize, out: &mut [T]) {
     }
 }
 
+/// What a tile asks for while it is multiplied: addresses of any kind.
+#[derive(Clone, Copy)]
+struct Ahead {
+    /// What the next columns begin with, into the first level, from step to step.
+    near: [*const i8; WIDTH],
+    /// A part of the next group, into the second level.
+    far: *const i8,
+    /// Bytes of it a step.
+    stride: usize,
+}
+
 /// Neighbouring columns of `b` that all rows meet before the next ones.
 struct Group<'a, T> {
     b: &'a Mat<'a, T>,
@@ -128,25 +139,31 @@ impl<T: Float> Group<'_, T> {
     fn product(&self, packed: &[f32], plan: &Plan, sums: &mut [f32]) {
         let Plan { each, tiles, width, part, group } = *plan;
         let steps = self.b.rows.div_ceil(lanes::<T>());
-        let mut ahead = self.line(group, 0);
+        let apart = self.b.col_stride * size_of::<T>();
+        // All tiles together ask for as much as they multiply.
+        let (mut far, stride) = (self.line(group, 0), (width * 64).div_ceil(tiles));
         for at in (0..steps).step_by(part) {
             let len = part.min(steps - at);
             for j in (0..self.count).step_by(width) {
                 let columns = j..(j + width).min(self.count);
+                let next = match j + width {
+                    next if next < self.count => self.line(next, at),
+                    _ if at + len < steps => self.line(0, at + len),
+                    next => self.line(next, 0),
+                };
                 for (t, packed) in packed.chunks(each * steps * LANES).enumerate() {
                     let rows = packed.len() / (steps * LANES);
                     let packed = &packed[at * rows * LANES..(at + len) * rows * LANES];
-                    let next: [_; WIDTH] = std::array::from_fn(|s| match tiles {
-                        1 => ahead.wrapping_add(s * 64),
-                        // Each column is asked for by one tile.
-                        _ if s % tiles == t => self.soon(j + s, at, plan),
-                        _ => self.line(j, at),
+                    // Each of the next columns is asked for by one tile.
+                    let near = std::array::from_fn(|s| match s % tiles == t {
+                        true => next.wrapping_add(s * apart),
+                        false => self.line(j, at),
                     });
-                    let stride = if tiles == 1 { width * 64 } else { 64 };
                     let sums = &mut sums[t * each * GROUP + j..];
-                    self.dots(packed, rows, at, columns.clone(), width, (next, stride), sums);
+                    let ahead = Ahead { near, far, stride };
+                    self.dots(packed, rows, at, columns.clone(), width, ahead, sums);
+                    far = far.wrapping_add(len * stride);
                 }
-                ahead = ahead.wrapping_add(width * len * 64);
             }
         }
     }
@@ -157,18 +174,6 @@ impl<T: Float> Group<'_, T> {
         start.wrapping_add((self.first + column) * self.b.col_stride * size_of::<T>() + at * 64)
     }
 
-    /// What is read [`AHEAD`] columns after step `at` of a column.
-    fn soon(&self, column: usize, at: usize, plan: &Plan) -> *const i8 {
-        let ahead = column + AHEAD;
-        match ahead.checked_sub(self.count) {
-            None => self.line(ahead, at),
-            Some(over) if (at + plan.part) * lanes::<T>() < self.b.rows => {
-                self.line(over, at + plan.part)
-            }
-            Some(over) => self.line(plan.group + over, 0),
-        }
-    }
-
     /// One tile: the packed `rows`, steps from `at` on, with these columns of the group.
     fn dots(
         &self,
@@ -177,7 +182,7 @@ impl<T: Float> Group<'_, T> {
         at: usize,
         columns: std::ops::Range<usize>,
         width: usize,
-        next: ([*const i8; WIDTH], usize),
+        ahead: Ahead,
         sums: &mut [f32],
     ) {
         let Group { b, first, .. } = *self;
@@ -200,20 +205,20 @@ impl<T: Float> Group<'_, T> {
                         // columns lead to `len` elements each, sums have room for the tile.
                         $(($m, $s) => unsafe {
                             let columns = columns.map(<*const T>::cast);
-                            x86::$kernel::<$m, $s>(a.cast(), columns, len, next, out)
+                            x86::$kernel::<$m, $s>(a.cast(), columns, len, ahead, out)
                         },)*
                         _ => unreachable!("no kernel of {rows} rows"),
                     }
                 };
             }
             match size_of::<T>() {
-                4 => call!(f32: 1 1, 2 1, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
-                _ => call!(bf16: 1 1, 2 1, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
+                4 => call!(f32: 1 6, 2 1, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
+                _ => call!(bf16: 1 6, 2 1, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
-            let _ = next;
+            let _ = ahead;
             unreachable!("`fits` says no on this architecture");
         }
     }
@@ -223,7 +228,7 @@ impl<T: Float> Group<'_, T> {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{GROUP, WIDTH};
+    use super::{Ahead, GROUP, WIDTH};
 
     macro_rules! kernel {
         ($name:ident, $element:ty, $features:literal, $lanes:literal, $mask:ty, $load:expr, $product:expr) => {
@@ -237,14 +242,18 @@ mod x86 {
                 a: *const $element,
                 b: [*const $element; WIDTH],
                 k: usize,
-                (next, stride): ([*const i8; WIDTH], usize),
+                ahead: Ahead,
                 (out, count, add): (*mut f32, usize, bool),
             ) {
                 let mut acc = [[_mm512_setzero_ps(); S]; M];
                 let step = |i: usize, mask: $mask, acc: &mut [[__m512; S]; M]| {
                     // SAFETY: masked to the column's end; a prefetch may point anywhere.
                     let y: [_; S] = std::array::from_fn(|s| unsafe {
-                        _mm_prefetch::<_MM_HINT_T0>(next[s].wrapping_add(stride * i));
+                        _mm_prefetch::<_MM_HINT_T1>(ahead.far.wrapping_add(ahead.stride * i + s * 64));
+                        // One row is multiplied faster than it is worth asking twice.
+                        if M > 1 {
+                            _mm_prefetch::<_MM_HINT_T0>(ahead.near[s].wrapping_add(64 * i));
+                        }
                         $load(mask, b[s].add(i * $lanes))
                     });
                     for (m, acc) in acc.iter_mut().enumerate() {
@@ -261,15 +270,20 @@ mod x86 {
                 if k % $lanes > 0 {
                     step(whole, <$mask>::MAX >> ($lanes - k % $lanes), &mut acc);
                 }
-                let stored = (u8::MAX >> (8 - count)) as __mmask8;
                 for m in 0..M {
-                    let sum = |s: usize| if s < S { acc[m][s] } else { _mm512_setzero_ps() };
-                    let four = four_sums([sum(0), sum(1), sum(2), _mm512_setzero_ps()]);
-                    // SAFETY: masked to `count`.
-                    unsafe {
-                        let out = out.add(m * GROUP);
-                        let before = _mm_maskz_loadu_ps(if add { stored } else { 0 }, out);
-                        _mm_mask_storeu_ps(out, stored, _mm_add_ps(before, four));
+                    for first in (0..S.div_ceil(4)).map(|i| 4 * i) {
+                        let sum = |s: usize| match first + s < S {
+                            true => acc[m][first + s],
+                            false => _mm512_setzero_ps(),
+                        };
+                        let stored = ((1 << count.saturating_sub(first).min(4)) - 1) as __mmask8;
+                        let four = four_sums([sum(0), sum(1), sum(2), sum(3)]);
+                        // SAFETY: masked to `count`.
+                        unsafe {
+                            let out = out.add(m * GROUP + first);
+                            let before = _mm_maskz_loadu_ps(if add { stored } else { 0 }, out);
+                            _mm_mask_storeu_ps(out, stored, _mm_add_ps(before, four));
+                        }
                     }
                 }
             }
