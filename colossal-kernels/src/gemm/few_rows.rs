@@ -9,14 +9,14 @@
 use super::{Mat, Sink, with_workspace};
 use crate::float::Float;
 use crate::isa::{Isa, isa};
-use crate::threads::parallel_for;
+use crate::threads::{count, parallel_each};
 
 /// Rows of a tile at most.
 const ROWS: usize = 8;
 /// Columns of a tile at most.
 const WIDTH: usize = 6;
-/// Columns that threads take at least.
-const PIECE: usize = 12;
+/// Bytes of columns that threads take at a time, about.
+const PIECE: usize = 512 << 10;
 /// Columns of a group at most.
 const GROUP: usize = 48;
 /// Bytes of a group's columns, about: it and the next share the second-level cache with `a`.
@@ -46,16 +46,19 @@ pub(super) fn gemm<T: Float, O: Float, E: Float>(
         return;
     }
     let steps = k.div_ceil(lanes::<T>());
-    let plan = Plan::new(m, steps, b.col_stride * size_of::<T>());
+    let apart = (b.col_stride * size_of::<T>()).max(1);
+    let plan = Plan::new(m, steps, apart);
     let each = plan.each;
     with_workspace(m * steps * LANES, |packed| {
         for (t, packed) in packed.chunks_mut(each * steps * LANES).enumerate() {
             pack(&a, t * each, packed.len() / (steps * LANES), bytemuck::cast_slice_mut(packed));
         }
         let packed = &*packed;
-        let grain = (65536 / (m * k)).div_ceil(PIECE).max(1);
-        parallel_for(n.div_ceil(PIECE), grain, |pieces| {
-            let columns = pieces.start * PIECE..(pieces.end * PIECE).min(n);
+        // Small enough that threads finish together, large enough to be worth handing out.
+        let (even, worth) = (n.div_ceil(4 * count()), 65536 / (m * k));
+        let piece = (PIECE / apart).min(even).max(worth).next_multiple_of(plan.group.min(12));
+        parallel_each(n.div_ceil(piece), |i| {
+            let columns = i * piece..((i + 1) * piece).min(n);
             with_workspace(m * GROUP, |sums| {
                 for first in columns.clone().step_by(plan.group) {
                     let count = plan.group.min(columns.end - first);
@@ -69,6 +72,8 @@ pub(super) fn gemm<T: Float, O: Float, E: Float>(
 
 /// How a product is cut.
 struct Plan {
+    /// Rows.
+    m: usize,
     /// Rows of a tile, but for the last one.
     each: usize,
     /// Tiles.
@@ -93,8 +98,8 @@ impl Plan {
         };
         // Parts of about the same size.
         let part = steps.div_ceil(steps.div_ceil(part));
-        let group = (PASSING / apart.max(1)).clamp(width, GROUP) / width * width;
-        Plan { each: m.div_ceil(tiles), tiles, part, width, group }
+        let group = (PASSING / apart).clamp(width, GROUP) / width * width;
+        Plan { m, each: m.div_ceil(tiles), tiles, part, width, group }
     }
 }
 
@@ -137,7 +142,7 @@ impl<T: Float> Group<'_, T> {
     /// Products with `packed` into `sums`, whose rows are [`GROUP`] long: a part of the depth after
     /// the other.
     fn product(&self, packed: &[f32], plan: &Plan, sums: &mut [f32]) {
-        let Plan { each, tiles, width, part, group } = *plan;
+        let Plan { m, each, tiles, width, part, group } = *plan;
         let steps = self.b.rows.div_ceil(lanes::<T>());
         let apart = self.b.col_stride * size_of::<T>();
         // All tiles together ask for as much as they multiply.
@@ -147,21 +152,19 @@ impl<T: Float> Group<'_, T> {
             for j in (0..self.count).step_by(width) {
                 let columns = j..(j + width).min(self.count);
                 let next = match j + width {
+                    // Several tiles find in the second level what the first one asks for.
+                    _ if tiles > 1 => self.line(j, at),
                     next if next < self.count => self.line(next, at),
                     _ if at + len < steps => self.line(0, at + len),
                     next => self.line(next, 0),
                 };
+                let near = std::array::from_fn(|s| next.wrapping_add(s * apart));
                 for (t, packed) in packed.chunks(each * steps * LANES).enumerate() {
-                    let rows = packed.len() / (steps * LANES);
+                    let rows = each.min(m - t * each);
                     let packed = &packed[at * rows * LANES..(at + len) * rows * LANES];
-                    // Each of the next columns is asked for by one tile.
-                    let near = std::array::from_fn(|s| match s % tiles == t {
-                        true => next.wrapping_add(s * apart),
-                        false => self.line(j, at),
-                    });
                     let sums = &mut sums[t * each * GROUP + j..];
                     let ahead = Ahead { near, far, stride };
-                    self.dots(packed, rows, at, columns.clone(), width, ahead, sums);
+                    self.dots(packed, rows, at..at + len, columns.clone(), width, ahead, sums);
                     far = far.wrapping_add(len * stride);
                 }
             }
@@ -174,20 +177,21 @@ impl<T: Float> Group<'_, T> {
         start.wrapping_add((self.first + column) * self.b.col_stride * size_of::<T>() + at * 64)
     }
 
-    /// One tile: the packed `rows`, steps from `at` on, with these columns of the group.
+    /// One tile: the packed `rows`, these steps, with these columns of the group.
     fn dots(
         &self,
         packed: &[f32],
         rows: usize,
-        at: usize,
+        steps: std::ops::Range<usize>,
         columns: std::ops::Range<usize>,
         width: usize,
         ahead: Ahead,
         sums: &mut [f32],
     ) {
         let Group { b, first, .. } = *self;
-        let (from, count) = (at * lanes::<T>(), columns.len());
-        let len = (b.rows - from).min(packed.len() / (rows * LANES) * lanes::<T>());
+        let (from, count) = (steps.start * lanes::<T>(), columns.len());
+        let len = (b.rows - from).min(steps.len() * lanes::<T>());
+        assert!(packed.len() == rows * steps.len() * LANES);
         assert!(count > 0 && count <= width && sums.len() >= (rows - 1) * GROUP + count);
         assert!((first + columns.end - 1) * b.col_stride + from + len <= b.data.len());
         #[cfg(target_arch = "x86_64")]
@@ -197,7 +201,7 @@ impl<T: Float> Group<'_, T> {
                 |j: usize| (first + columns.start + j.min(count - 1)) * b.col_stride + from;
             let columns: [*const T; WIDTH] = std::array::from_fn(|j| b.data[column(j)..].as_ptr());
             let a = packed.as_ptr();
-            let out = (sums.as_mut_ptr(), count, at > 0);
+            let out = (sums.as_mut_ptr(), count, from > 0);
             macro_rules! call {
                 ($kernel:ident: $($m:literal $s:literal),*) => {
                     match (rows, width) {
@@ -249,7 +253,9 @@ mod x86 {
                 let step = |i: usize, mask: $mask, acc: &mut [[__m512; S]; M]| {
                     // SAFETY: masked to the column's end; a prefetch may point anywhere.
                     let y: [_; S] = std::array::from_fn(|s| unsafe {
-                        _mm_prefetch::<_MM_HINT_T1>(ahead.far.wrapping_add(ahead.stride * i + s * 64));
+                        _mm_prefetch::<_MM_HINT_T1>(
+                            ahead.far.wrapping_add(ahead.stride * i + s * 64),
+                        );
                         // One row is multiplied faster than it is worth asking twice.
                         if M > 1 {
                             _mm_prefetch::<_MM_HINT_T0>(ahead.near[s].wrapping_add(64 * i));
