@@ -90,16 +90,17 @@ impl Plan {
     /// Of `m` rows, so many steps deep; columns of `b` lie `apart` bytes from each other.
     fn new(m: usize, steps: usize, apart: usize) -> Plan {
         let tiles = m.div_ceil(ROWS);
+        let each = m.div_ceil(tiles);
         let (part, width) = match m {
             1 => (PART, 6),
             2..5 => (PART / 2 / m, 1),
             5..=ROWS => (PART / 2 / m, 3),
-            _ => (PART / m, 3),
+            _ => (PART / each, 3),
         };
         // Parts of about the same size.
         let part = steps.div_ceil(steps.div_ceil(part));
         let group = (PASSING / apart).clamp(width, GROUP) / width * width;
-        Plan { m, each: m.div_ceil(tiles), tiles, part, width, group }
+        Plan { m, each, tiles, part, width, group }
     }
 }
 
@@ -147,24 +148,31 @@ impl<T: Float> Group<'_, T> {
         let apart = self.b.col_stride * size_of::<T>();
         // All tiles together ask for as much as they multiply.
         let (mut far, stride) = (self.line(group, 0), (width * 64).div_ceil(tiles));
-        for at in (0..steps).step_by(part) {
-            let len = part.min(steps - at);
-            for j in (0..self.count).step_by(width) {
-                let columns = j..(j + width).min(self.count);
-                let next = match j + width {
-                    // Several tiles find in the second level what the first one asks for.
-                    _ if tiles > 1 => self.line(j, at),
-                    next if next < self.count => self.line(next, at),
-                    _ if at + len < steps => self.line(0, at + len),
-                    next => self.line(next, 0),
-                };
-                let near = std::array::from_fn(|s| next.wrapping_add(s * apart));
-                for (t, packed) in packed.chunks(each * steps * LANES).enumerate() {
-                    let rows = each.min(m - t * each);
-                    let packed = &packed[at * rows * LANES..(at + len) * rows * LANES];
+        for (t, packed) in packed.chunks(each * steps * LANES).enumerate() {
+            let rows = each.min(m - t * each);
+            for at in (0..steps).step_by(part) {
+                let len = part.min(steps - at);
+                let packed = &packed[at * rows * LANES..(at + len) * rows * LANES];
+                for j in (0..self.count).step_by(width) {
+                    let columns = j..(j + width).min(self.count);
+                    let next = match j + width {
+                        // Several tiles wait for multiplications more than for the second level.
+                        _ if tiles > 1 => self.line(j, at),
+                        next if next < self.count => self.line(next, at),
+                        _ if at + len < steps => self.line(0, at + len),
+                        next => self.line(next, 0),
+                    };
+                    let near = std::array::from_fn(|s| next.wrapping_add(s * apart));
                     let sums = &mut sums[t * each * GROUP + j..];
-                    let ahead = Ahead { near, far, stride };
-                    self.dots(packed, rows, at..at + len, columns.clone(), width, ahead, sums);
+                    self.dots(
+                        packed,
+                        rows,
+                        at..at + len,
+                        columns,
+                        width,
+                        Ahead { near, far, stride },
+                        sums,
+                    );
                     far = far.wrapping_add(len * stride);
                 }
             }
