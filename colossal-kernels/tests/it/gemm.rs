@@ -119,6 +119,37 @@ fn any_number_of_rows_has_its_kernel() {
     });
 }
 
+/// Rows so few that weights are not packed: columns in groups, which threads take in pieces, depth in
+/// parts, each with a rest; rows of both operands further apart than they are long.
+fn few_rows_in_groups_and_parts<T: Float>(place: &str) {
+    for (n, k) in [(523, 2083), (130, 67), (4, 12_301)] {
+        let (apart_a, apart_b) = (k + 3, k + 5);
+        let (a, b): (Vec<T>, Vec<T>) = (noise(48 * apart_a, 1), noise(n * apart_b, 2));
+        let dense = |x: &[T], apart: usize| -> Vec<f64> {
+            let rows = wide(x);
+            rows.chunks(apart).flat_map(|row| row[..k].to_vec()).collect()
+        };
+        let bt = transposed(&dense(&b, apart_b), n, k);
+        let product = reference::gemm(48, n, k, &dense(&a, apart_a), &bt);
+        for m in [1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 48] {
+            let mut c = vec![0.0f32; m * n];
+            let a = Mat { row_stride: apart_a, ..Mat::new(&a, m, k) };
+            let b = Mat { row_stride: apart_b, ..Mat::new(&b, n, k) }.t();
+            gemm(a, b, MatMut::new(&mut c, m, n), &Epilogue::default());
+            let name = format!("{m}x{n}x{k} of {}, {place}", T::NAME);
+            close(&name, &c, &product[..m * n], 1e-6 * (k as f64).sqrt());
+        }
+    }
+}
+
+#[test]
+fn few_rows_cut_columns_and_depth() {
+    everywhere(|place| {
+        few_rows_in_groups_and_parts::<f32>(place);
+        few_rows_in_groups_and_parts::<bf16>(place);
+    });
+}
+
 #[test]
 fn four_threads_cut_rows_and_columns() {
     let (m, n, k) = (600, 520, 9);
