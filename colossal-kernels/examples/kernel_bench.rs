@@ -64,7 +64,8 @@ const FEW: usize = 16;
 const COLD: usize = 256 << 20;
 
 /// `x [m, k]` times the transpose of weights `[n, k]`, which lie in memory as a model's do. The floor is
-/// reading the same weights, in turns with the products, or multiplying if that takes longer.
+/// reading the same weights, in turns with the products, or multiplying if that takes longer: on two
+/// cores of Zen 4 reading binds up to 8 rows, multiplying at 16.
 fn few_rows<T: Float>([m, n, k]: [usize; 3]) {
     let bytes = n * k * size_of::<T>();
     let weights: Vec<Block> =

@@ -124,7 +124,7 @@ fn pack<T: Float>(a: &Mat<'_, T>, first: usize, rows: usize, out: &mut [T]) {
 /// What a tile asks for while it is multiplied: addresses of any kind.
 #[derive(Clone, Copy)]
 struct Ahead {
-    /// What the next columns begin with, into the first level, from step to step.
+    /// The same part of the next columns, into the first level.
     near: [*const i8; WIDTH],
     /// A part of the next group, into the second level.
     far: *const i8,
