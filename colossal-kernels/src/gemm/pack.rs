@@ -287,6 +287,10 @@ mod neighbours {
 
         use super::super::store;
 
+        /// Steps between what is packed and what is asked for: the next rows lie too far away for the machine
+        /// to foresee, and what kernels asked for may have lost its place since.
+        const SOON: usize = 16;
+
         /// Lanes `first ..` of `n`, sixteen at most.
         fn lanes(n: usize, first: usize) -> u16 {
             let lanes = n.saturating_sub(first).min(16) as u32;
@@ -307,6 +311,7 @@ mod neighbours {
                     // SAFETY: masked to what is in bounds.
                     unsafe {
                         let at = data.wrapping_add(k * stride + first);
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(SOON * stride).cast());
                         let x = _mm512_maskz_loadu_ps(lanes(rows, first), at);
                         store(out.add(k * width + first), x, k + 1 == depth, width - first);
                     }
@@ -330,6 +335,12 @@ mod neighbours {
                     // SAFETY: masked to what is in bounds.
                     unsafe {
                         let at = data.wrapping_add(k * stride + first);
+                        // A line is two vectors of these.
+                        if first % 32 == 0 {
+                            let soon = at.wrapping_add(SOON * stride);
+                            _mm_prefetch::<_MM_HINT_T0>(soon.cast());
+                            _mm_prefetch::<_MM_HINT_T0>(soon.wrapping_add(stride).cast());
+                        }
                         let low = _mm256_maskz_loadu_epi16(from, at);
                         let high = _mm256_maskz_loadu_epi16(odd, at.wrapping_add(stride));
                         let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
