@@ -45,26 +45,6 @@ fn positive_exp(x: f32) -> f32 {
     f32::from_bits((y.to_bits() as i32).wrapping_add(power) as u32)
 }
 
-/// `2^x` up to 127, within 1.4 units in the last place; 0 below -126. Where the caller has the base to
-/// choose, the shorter way.
-#[inline(always)]
-pub(crate) fn exp2(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // as above
-    let clamped = if x < -126.0 { -126.0 } else { x };
-    let n = clamped + MAGIC;
-    let power = (n.to_bits() as i32) << 23;
-    let r = clamped - (n - MAGIC);
-    let p = 1.535_336_2e-4f32;
-    let p = p.mul_add(r, 1.339_887_5e-3);
-    let p = p.mul_add(r, 9.618_437e-3);
-    let p = p.mul_add(r, 5.550_332_4e-2);
-    let p = p.mul_add(r, 2.402_264_8e-1);
-    let p = p.mul_add(r, 6.931_472e-1);
-    let y = p.mul_add(r, 1.0);
-    let y = f32::from_bits((y.to_bits() as i32).wrapping_add(power) as u32);
-    if x < -126.0 { 0.0 } else { y }
-}
-
 /// `1 / (1 + e^-x)`.
 #[inline(always)]
 pub(crate) fn sigmoid(x: f32) -> f32 {
@@ -106,21 +86,6 @@ mod tests {
         assert_eq!(exp(-100.0), 0.0);
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(0.0), 1.0);
-    }
-
-    #[test]
-    fn exp2_is_within_its_stated_error() {
-        for i in -126_000..127_000 {
-            let x = i as f32 / 1000.0;
-            let exact = f64::from(x).exp2();
-            let error = (f64::from(exp2(x)) - exact).abs() / exact;
-            assert!(error < 8e-8, "exp2({x}): {error}");
-        }
-        assert_eq!(
-            [exp2(-127.0), exp2(f32::NEG_INFINITY), exp2(0.0), exp2(5.0)],
-            [0.0, 0.0, 1.0, 32.0]
-        );
-        assert!(exp2(f32::NAN).is_nan());
     }
 
     #[test]

@@ -1,20 +1,23 @@
 //! The backward pass, on transposed scores `[keys, queries]`: statistics of queries are vectors,
 //! and both gradients of keys read their operand along its rows.
 
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
-use super::forward::store;
+use super::exp2::exp2;
+use super::forward::halves;
+use super::narrow::{pair_up, store};
 use super::{AttentionShape, Operands, Soon, take};
-use crate::cast::round;
 use crate::float::Float;
 use crate::gemm::with_workspace;
 use crate::isa::simd;
-use crate::math::{LANES, exp, total};
+use crate::math::exp;
 use crate::profile;
-use crate::threads::{Parts, parallel_for};
+use crate::threads::{Parts, parallel_each};
 
-/// Queries of one block; a multiple of every kernel's columns.
-const QUERIES: usize = 64;
+/// Queries of one block, multiples of every kernel's columns: of f32, whose sums over more of them would
+/// round more, and of pairs of bf16.
+const QUERIES: [usize; 2] = [64, 256];
 /// Keys of one block, about: a multiple of the kernel's rows and of two.
 const KEYS: usize = 112;
 /// Floats of keys, values and their gradients up to which the caches hand them out fast enough unasked.
@@ -42,12 +45,13 @@ pub fn flash_attention_backward<T: Float>(
         "attention_backward: gradients are as long as what they belong to"
     );
     assert_eq!(s.kv_batch_stride, 0, "attention_backward: keys must be dense");
+    if s.head_dim == 0 {
+        return;
+    }
     let to = [Parts::new(dq), Parts::new(dk), Parts::new(dv)];
-    parallel_for(s.batch * s.kv_heads, 1, |range| {
-        for bh in range {
-            let part = Part { s, b: bh / s.kv_heads, kv_head: bh % s.kv_heads };
-            part.run([q, k, v, out, dout], lse, &to);
-        }
+    parallel_each(s.batch * s.kv_heads, |bh| {
+        let part = Part { s, b: bh / s.kv_heads, kv_head: bh % s.kv_heads };
+        part.run([q, k, v, out, dout], lse, &to);
     });
 }
 
@@ -65,6 +69,9 @@ impl Part<'_> {
         let (d, row, kv_row) = (s.head_dim, s.heads * s.head_dim, s.kv_heads * s.head_dim);
         let (mr, nr, group) = (o.kernel.mr, o.kernel.nr, s.heads / s.kv_heads);
         let (queries, keys) = (s.q_real(b), s.kv_real(b));
+        let most = QUERIES[usize::from(o.kernel.pairs)];
+        // From one key's row of a block's queries to the next: long rows crowd into no few sets of the cache.
+        let span = if o.kernel.pairs { most + 16 } else { most };
         let kv_at = (b * s.kv_stride() + kv_head * d).min(k.len());
         let write = |to: &Parts<T>, at: usize, values: Option<(&[f32], f32)>| {
             // SAFETY: this key head and its query heads are ours alone; rows are written one at a
@@ -76,39 +83,42 @@ impl Part<'_> {
             }
         };
         let block = (KEYS / mr * mr).next_multiple_of(2);
-        debug_assert!(block.is_multiple_of(mr) && QUERIES.is_multiple_of(nr) && mr <= nr);
+        debug_assert!(block.is_multiple_of(mr) && most.is_multiple_of(nr) && mr <= nr);
         let (blocks, padded) = (keys.div_ceil(block), keys.next_multiple_of(mr));
-        let (panel_d, panel_q) = (o.kernel.panel(nr, d), o.kernel.panel(nr, QUERIES));
+        let (panel_d, panel_q) = (o.kernel.panel(nr, d), o.kernel.panel(nr, most));
         let panel_k = o.kernel.panel(nr, block);
-        let (columns, row_t) = (o.row_c / nr, o.kernel.steps(QUERIES));
-        let rows_q = QUERIES.next_multiple_of(mr);
+        let (columns, row_t) = (o.row_c / nr, o.kernel.steps(span));
+        let rows_q = most.next_multiple_of(mr);
         // Beyond, a tile of keys fetches the next one.
         let streamed = 5 * padded * o.row_c > CACHED;
         let after = |x: &[f32], row: usize| streamed.then(|| x.as_ptr().wrapping_add(mr * row));
-        let (half, pairs) = if o.kernel.pairs { (mr * row_t, block / 2) } else { (0, 0) };
+        let (half, pairs, wide) = match o.kernel.pairs {
+            true => (mr * row_t, block / 2, mr),
+            false => (0, 0, block),
+        };
         let sizes = [
             2 * padded * o.row_a,       // keys and values as rows
             blocks * columns * panel_k, // keys as steps
             2 * padded * o.row_c,       // gradients of keys and values
-            2 * QUERIES / nr * panel_d, // queries and dout as columns
+            2 * most / nr * panel_d,    // queries and dout as columns
             2 * columns * panel_q,      // queries and dout as steps
             rows_q * o.row_c,           // gradient of queries
-            mr * QUERIES,               // probabilities of a tile of keys, transposed
-            block * QUERIES,            // their gradients, of a block
+            mr * span,                  // probabilities of a tile of keys, transposed
+            wide * span,                // their gradients, of a block or as well of a tile
             2 * half,                   // both of a tile in bf16
-            pairs * QUERIES,            // the latter of a block by pairs of keys
-            2 * QUERIES,                // statistics of queries
+            pairs * span,               // the latter of a block by pairs of keys
+            2 * most,                   // statistics of queries
         ];
         let mut soon = Soon::default();
         with_workspace(sizes.iter().sum(), |mut space| {
-            let [rows, ks, dkv, cols, steps, dqa, pt, dst, halves, pairs, stats] =
+            let [rows, ks, dkv, cols, steps, dqa, pt, dst, narrow, pairs, stats] =
                 sizes.map(|n| take(&mut space, n));
             let (ka, va) = rows.split_at_mut(padded * o.row_a);
             let (dka, dva) = dkv.split_at_mut(padded * o.row_c);
-            let (qc, doc) = cols.split_at_mut(QUERIES / nr * panel_d);
+            let (qc, doc) = cols.split_at_mut(most / nr * panel_d);
             let (qs, dos) = steps.split_at_mut(columns * panel_q);
-            let (pt16, dst16) = halves.split_at_mut(half);
-            let (lses, deltas) = stats.split_at_mut(QUERIES);
+            let (pt16, dst16) = narrow.split_at_mut(half);
+            let (lses, deltas) = stats.split_at_mut(most);
             dka.fill(0.0);
             dva.fill(0.0);
             o.rows(&k[kv_at..], keys, kv_row, ka);
@@ -121,23 +131,24 @@ impl Part<'_> {
             for h in kv_head * group..(kv_head + 1) * group {
                 let q_at = b * s.q_len * row + h * d;
                 let lse = &lse[(b * s.heads + h) * s.q_len..][..s.q_len];
-                for first in (0..queries).step_by(QUERIES) {
-                    let n = QUERIES.min(queries - first);
+                for first in (0..queries).step_by(most) {
+                    let n = most.min(queries - first);
                     let at = q_at + first * row;
                     o.columns(&q[at..], n, row, qc);
                     o.columns(&dout[at..], n, row, doc);
                     o.steps(&q[at..], n, row, panel_q, qs);
                     o.steps(&dout[at..], n, row, panel_q, dos);
-                    for r in 0..QUERIES {
+                    for r in 0..n.next_multiple_of(nr) {
                         // What does not exist, or saw nothing, has probability zero everywhere.
                         let real = r < n && lse[first + r] != f32::NEG_INFINITY;
-                        lses[r] = if real { lse[first + r] } else { f32::INFINITY };
+                        let lse = if real { lse[first + r] * base::<T>() } else { f32::INFINITY };
+                        lses[r] = lse;
                         let at = at + r * row;
                         deltas[r] =
                             if real { dot(&dout[at..at + d], &out[at..at + d]) } else { 0.0 };
                     }
-                    self.ask(&mut soon, h, first..first + QUERIES, [q, k, v, out, dout], to);
-                    dqa.fill(0.0);
+                    self.ask(&mut soon, h, first..first + most, [q, k, v, out, dout], to);
+                    dqa[..n * o.row_c].fill(0.0);
                     let seen = s.visible(b, first).start..s.visible(b, first + n - 1).end;
                     for i in seen.start / block..seen.end.div_ceil(block) {
                         let from = i * block;
@@ -147,40 +158,39 @@ impl Part<'_> {
                             // Of the queries that see the tile's first key, whole panels.
                             let unseen = s.first_query(b, tile).saturating_sub(first);
                             let (q_first, end) = (unseen / nr * nr, n.next_multiple_of(nr));
-                            let at = if o.kernel.pairs { 0 } else { (tile - from) * QUERIES };
-                            let dst = &mut dst[at..at + rows * QUERIES];
+                            let at = if o.kernel.pairs { 0 } else { (tile - from) * span };
+                            let dst = &mut dst[at..at + rows * span];
                             let (ka, va) = (&ka[tile * o.row_a..], &va[tile * o.row_a..]);
                             for col in (q_first..n).step_by(nr) {
                                 let p = col / nr * panel_d;
                                 let (p_to, ds_to) = (&mut pt[col..], &mut dst[col..]);
                                 let next = soon.next(after(ka, o.row_a));
-                                o.scores(rows, ka, &qc[p..], p_to, QUERIES, next);
+                                o.scores(rows, ka, &qc[p..], p_to, span, next);
                                 let next = soon.next(after(va, o.row_a));
-                                o.scores(rows, va, &doc[p..], ds_to, QUERIES, next);
+                                o.scores(rows, va, &doc[p..], ds_to, span, next);
                             }
-                            self.mask(pt, h, tile..tile + rows, first..first + n, q_first);
-                            for (p, ds) in
-                                pt.chunks_exact_mut(QUERIES).zip(dst.chunks_exact_mut(QUERIES))
+                            self.mask(pt, span, h, tile..tile + rows, first..first + n, q_first);
+                            // A tile of queries may begin before, of which the last sees the key.
+                            let before = q_first.saturating_sub(nr);
+                            let scale = s.scale * base::<T>();
+                            for (p, ds) in pt.chunks_exact_mut(span).zip(dst.chunks_exact_mut(span))
                             {
-                                // A tile of queries may begin before, of which the last sees the key.
-                                ds[q_first.saturating_sub(nr)..q_first].fill(0.0);
+                                ds[before..q_first].fill(0.0);
                                 let seen = q_first..end;
                                 let (p, ds) = (&mut p[seen.clone()], &mut ds[seen.clone()]);
-                                let stats = (&lses[seen.clone()], &deltas[seen]);
-                                gradient(p, ds, stats.0, stats.1, s.scale);
+                                let stats = [&*lses, &*deltas].map(|x| &x[seen.clone()]);
+                                gradient::<T>(p, ds, stats, scale);
                             }
                             if o.kernel.pairs {
-                                let n = rows * QUERIES;
-                                round(&pt[..n], bytemuck::cast_slice_mut(&mut pt16[..n / 2]));
-                                round(dst, bytemuck::cast_slice_mut(&mut dst16[..n / 2]));
-                                let to = &mut pairs[(tile - from) / 2 * QUERIES..];
-                                interleave(dst16, row_t, rows, to);
+                                let pairs = &mut pairs[(tile - from) / 2 * span..];
+                                let to = [&mut *pt16, &mut *dst16, pairs];
+                                pair_up([pt, dst], span, rows, before..end, to);
                             }
                             // dv += p do; dk += ds q; over the queries that see the tile.
                             let skip = if o.kernel.pairs { unseen / 2 } else { unseen };
                             let (pa, da, wide) = match o.kernel.pairs {
                                 true => (&*pt16, &*dst16, row_t),
-                                false => (&*pt, &*dst, QUERIES),
+                                false => (&*pt, &*dst, span),
                             };
                             let steps = o.kernel.steps(n).saturating_sub(skip);
                             let (strides, c) = ([wide, 1], tile * o.row_c..);
@@ -203,7 +213,7 @@ impl Part<'_> {
                             }
                             let ks = &ks[i * columns * panel_k..];
                             let (depth, c) = (o.kernel.steps(end - from), tile * o.row_c);
-                            let (a, strides) = (&ds[tile..], [1, QUERIES]);
+                            let (a, strides) = (&ds[tile..], [1, span]);
                             o.head(rows, depth, a, strides, ks, panel_k, &mut dqa[c..], true, None);
                         }
                     }
@@ -265,6 +275,7 @@ impl Part<'_> {
     fn mask(
         &self,
         scores: &mut [f32],
+        row: usize,
         h: usize,
         tile: Range<usize>,
         block: Range<usize>,
@@ -275,7 +286,7 @@ impl Part<'_> {
         if unseen <= from && s.window.is_none() && s.bias.is_none() {
             return;
         }
-        for (scores, j) in scores.chunks_exact_mut(QUERIES).zip(tile) {
+        for (scores, j) in scores.chunks_exact_mut(row).zip(tile) {
             let seen = self.seen_by(j, block.clone());
             let seen = seen.start.max(from)..seen.end.max(from);
             if let Some(x) = s.bias {
@@ -305,49 +316,35 @@ impl Part<'_> {
 
 simd! {
     fn dot<T: Float>(a: &[T], b: &[T]) -> f32 {
-        let mut lanes = [0.0f32; LANES];
-        let [(a, a_rest), (b, b_rest)] = [a, b].map(|x| x.as_chunks::<LANES>());
+        let mut lanes = [0.0f32; 16];
+        let [(a, a_rest), (b, b_rest)] = [a, b].map(|x| x.as_chunks::<16>());
         for (a, b) in a.iter().zip(b) {
-            for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
-                *lane += a.to_f32() * b.to_f32();
+            for l in 0..16 {
+                lanes[l] += a[l].to_f32() * b[l].to_f32();
             }
         }
-        for ((lane, a), b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
-            *lane += a.to_f32() * b.to_f32();
-        }
-        total(lanes)
+        let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a.to_f32() * b.to_f32()).sum();
+        halves(&lanes, |a, b| a + b) + rest
     }
+}
+
+/// Logarithm of e to the base of the exponents: two for the narrow types, e for f32, which would show the
+/// rounding of another base.
+fn base<T: Float>() -> f32 {
+    if size_of::<T>() < size_of::<f32>() { LOG2_E } else { 1.0 }
 }
 
 simd! {
     /// Of one key: scores become probabilities, what is in `ds` their gradients `p (dp - delta)`; by
-    /// vectors of 16.
-    fn gradient(p: &mut [f32], ds: &mut [f32], lse: &[f32], delta: &[f32], scale: f32) {
-        let ([p, ds], [lse, delta]) = ([p, ds].map(|x| x.as_chunks_mut::<16>().0), [lse, delta].map(|x| x.as_chunks::<16>().0));
+    /// vectors of 16. `scale` and the log-sum-exp are to [`base`].
+    fn gradient<T: Float>(p: &mut [f32], ds: &mut [f32], stats: [&[f32]; 2], scale: f32) {
+        let [p, ds] = [p, ds].map(|x| x.as_chunks_mut::<16>().0);
+        let [lse, delta] = stats.map(|x| x.as_chunks::<16>().0);
         for (((p, ds), lse), delta) in p.iter_mut().zip(ds).zip(lse).zip(delta) {
             for l in 0..16 {
-                p[l] = exp(scale.mul_add(p[l], -lse[l]));
+                let x = scale.mul_add(p[l], -lse[l]);
+                p[l] = if size_of::<T>() < size_of::<f32>() { exp2::<T>(x) } else { exp(x) };
                 ds[l] = p[l] * (ds[l] - delta[l]);
-            }
-        }
-    }
-}
-
-simd! {
-    /// Rows of bf16, `words` words of two each, as pairs of neighbouring rows side by side.
-    fn interleave(rows: &[f32], words: usize, n: usize, out: &mut [f32]) {
-        let rows: &[u16] = bytemuck::cast_slice(rows);
-        let out: &mut [u32] = bytemuck::cast_slice_mut(out);
-        let width = 2 * words;
-        for (pair, out) in out.chunks_exact_mut(width).enumerate().take(n.div_ceil(2)) {
-            let low = &rows[2 * pair * width..(2 * pair + 1) * width];
-            match rows.get((2 * pair + 1) * width..(2 * pair + 2) * width) {
-                Some(high) if 2 * pair + 1 < n => {
-                    for ((o, l), h) in out.iter_mut().zip(low).zip(high) {
-                        *o = u32::from(*l) | u32::from(*h) << 16;
-                    }
-                }
-                _ => out.iter_mut().zip(low).for_each(|(o, l)| *o = u32::from(*l)),
             }
         }
     }

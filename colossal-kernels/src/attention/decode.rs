@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::AttentionShape;
-use super::forward::store;
+use super::narrow::store;
 use crate::float::Float;
 use crate::gemm::with_workspace;
 use crate::isa::simd;

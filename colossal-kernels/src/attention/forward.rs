@@ -1,16 +1,16 @@
 //! The forward pass: blocks of queries against blocks of keys.
 
 use std::f32::consts::LOG2_E;
-use std::f64::consts::LN_2;
 use std::ops::Range;
 
 use super::decode::one_query;
+use super::exp2::{exp2, log_sum_exp};
+use super::narrow::store;
 use super::{AttentionShape, Operands, Soon, take};
 use crate::cast::round;
 use crate::float::Float;
 use crate::gemm::with_workspace;
 use crate::isa::simd;
-use crate::math::exp2;
 use crate::profile;
 use crate::threads::{Parts, count, parallel_for};
 
@@ -58,7 +58,7 @@ pub fn flash_attention<T: Float>(
                 out_row(i).fill(T::zeroed());
                 (0..heads.len()).for_each(|h| lse[h * s.q_len + i] = f32::NEG_INFINITY);
             }
-            if real <= FEW {
+            if real <= FEW && d > 0 {
                 let kv_at = (b * s.kv_stride()).min(k.len());
                 for i in 0..real {
                     let q = &q[q_at + i * row..q_at + i * row + heads.len() * d];
@@ -115,11 +115,11 @@ fn packed<'o, T: Float>(
                 let rows = rows.min(real - first);
                 o.rows(&q[first * row..], rows, row, qa);
                 match (first + rows < real, after) {
-                    (true, _) => soon.rows(2, q[(first + rows) * row..].as_ptr(), row, rows),
-                    (false, Some([q, ..])) => soon.rows(2, q.as_ptr(), row, rows),
+                    (true, _) => soon.rows(0, q[(first + rows) * row..].as_ptr(), row, rows),
+                    (false, Some([q, ..])) => soon.rows(0, q.as_ptr(), row, rows),
                     _ => {}
                 }
-                soon.rows(3, out_row(first)[part..].as_ptr(), row, rows);
+                soon.rows(1, out_row(first)[part..].as_ptr(), row, rows);
                 let mut state = [State::new(); TILES];
                 let seen = s.visible(b, first).start..s.visible(b, first + rows - 1).end;
                 for block in seen.start / KEYS..seen.end.div_ceil(KEYS) {
@@ -135,8 +135,8 @@ fn packed<'o, T: Float>(
                             Some([_, k, v]) => [k, v],
                             None => continue,
                         };
-                        soon.rows(0, next[0].as_ptr(), kv_row, n);
-                        soon.rows(1, next[1].as_ptr(), kv_row, n);
+                        soon.rows(2, next[0].as_ptr(), kv_row, n);
+                        soon.rows(3, next[1].as_ptr(), kv_row, n);
                     }
                     for (tile, state) in (0..rows).step_by(mr).zip(&mut state) {
                         let in_tile = mr.min(rows - tile);
@@ -153,8 +153,11 @@ fn packed<'o, T: Float>(
                         let qa = &qa[tile * o.row_a..];
                         let kp = &kp[block * size_k + low / nr * panel_k..];
                         for col in (0..width).step_by(nr) {
-                            let (kp, to) = (&kp[col / nr * panel_k..], &mut scores[col..]);
-                            o.scores(in_tile, qa, kp, to, width, soon.next(None));
+                            // The first row that sees the panel's first key; the mask hides it from those above.
+                            let skip = s.first_query(b, at + col).saturating_sub(i);
+                            let (qa, kp) = (&qa[skip * o.row_a..], &kp[col / nr * panel_k..]);
+                            let to = &mut scores[skip * width + col..];
+                            o.scores(in_tile - skip, qa, kp, to, width, soon.next(None));
                         }
                         let mut scale = s.scale;
                         if s.bias.is_some() || scale <= 0.0 {
@@ -177,7 +180,7 @@ fn packed<'o, T: Float>(
                             }
                         }
                         let acc = &mut acc[tile * o.row_c..][..in_tile * o.row_c];
-                        online_softmax(scores, width, scale * LOG2_E, state);
+                        online_softmax::<T>(scores, width, scale * LOG2_E, state);
                         if state.begun {
                             rescale(acc, o.row_c, &state.factor);
                         }
@@ -195,28 +198,22 @@ fn packed<'o, T: Float>(
                         state.begun = true;
                     }
                 }
-                for r in 0..rows {
-                    let (state, r_in) = (&state[r / mr], r % mr);
-                    let (max, sum) = (state.max[r_in], state.sum[r_in]);
-                    let out = &mut out_row(first + r)[part..part + s.head_dim];
-                    match sum > 0.0 {
-                        true => store(&acc[r * o.row_c..], 1.0 / sum, out),
-                        false => out.fill(T::zeroed()),
+                for (tile, state) in (0..rows).step_by(mr).zip(&state) {
+                    let mut lses = [0.0; ROWS];
+                    state.log_sum_exp(&mut lses);
+                    for r in tile..rows.min(tile + mr) {
+                        let (out, sum) = (&mut out_row(first + r)[part..], state.sum[r - tile]);
+                        let out = &mut out[..s.head_dim];
+                        match sum > 0.0 {
+                            true => store(&acc[r * o.row_c..], 1.0 / sum, out),
+                            false => out.fill(T::zeroed()),
+                        }
+                        lse[first + r] = lses[r - tile];
                     }
-                    lse[first + r] = (f64::from(max) * LN_2 + f64::from(sum.ln())) as f32;
                 }
             }
         }
     });
-}
-
-simd! {
-    /// `y = scale x`.
-    pub(super) fn store<T: Float>(x: &[f32], scale: f32, y: &mut [T]) {
-        for (y, x) in y.iter_mut().zip(x) {
-            *y = T::from_f32(scale * x);
-        }
-    }
 }
 
 /// Rows of a tile at most.
@@ -238,13 +235,22 @@ impl State {
         let (max, zero) = ([f32::NEG_INFINITY; ROWS], [0.0; ROWS]);
         State { max, sum: zero, factor: zero, begun: false }
     }
+
+    fn log_sum_exp(&self, to: &mut [f32; ROWS]) {
+        simd! { fn all(max: &[f32; ROWS], sum: &[f32; ROWS], to: &mut [f32; ROWS]) {
+            for r in 0..ROWS {
+                to[r] = log_sum_exp(max[r], sum[r]);
+            }
+        } }
+        all(&self.max, &self.sum, to);
+    }
 }
 
 simd! {
     /// Rows of `width` scores, in vectors of 16, become probabilities relative to the running maximum.
     /// What is not seen has score minus infinity. All rows are at the same stage, so that they do not
     /// wait for each other's sums.
-    fn online_softmax(scores: &mut [f32], width: usize, scale: f32, state: &mut State) {
+    fn online_softmax<T: Float>(scores: &mut [f32], width: usize, scale: f32, state: &mut State) {
         let mut tops = [[f32::NEG_INFINITY; 16]; ROWS];
         for (row, lanes) in scores.chunks_exact(width).zip(&mut tops) {
             let mut top = [f32::NEG_INFINITY; 16];
@@ -262,14 +268,14 @@ simd! {
             let mut lanes = [0.0; 16];
             for c in row.as_chunks_mut::<16>().0 {
                 for l in 0..16 {
-                    c[l] = exp2(scale.mul_add(c[l], -base));
+                    c[l] = exp2::<T>(scale.mul_add(c[l], -base));
                     lanes[l] += c[l];
                 }
             }
             sums[r] = halves(&lanes, |a, b| a + b);
         }
         for r in 0..ROWS {
-            state.factor[r] = exp2(state.max[r] - finite(new[r]));
+            state.factor[r] = exp2::<f32>(state.max[r] - finite(new[r]));
             state.sum[r] = state.sum[r].mul_add(state.factor[r], sums[r]);
         }
         state.max = new;
@@ -289,7 +295,7 @@ fn larger(a: f32, b: f32) -> f32 {
 
 /// All lanes together, by halves.
 #[inline(always)]
-fn halves(x: &[f32; 16], f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(super) fn halves(x: &[f32; 16], f: impl Fn(f32, f32) -> f32) -> f32 {
     let [mut eight, mut four] = [[0.0f32; 8], [0.0f32; 8]];
     (0..8).for_each(|l| eight[l] = f(x[l], x[l + 8]));
     (0..4).for_each(|l| four[l] = f(eight[l], eight[l + 4]));

@@ -9,7 +9,9 @@
 
 mod backward;
 mod decode;
+mod exp2;
 mod forward;
+mod narrow;
 mod paged;
 
 use crate::float::Float;

@@ -129,3 +129,24 @@ fn padded_rows_and_keys_have_zero_gradients() {
         (&[0.0f32; 4][..], &[0.0f32; 4][..], &[0.0f32; 4][..])
     );
 }
+
+#[test]
+fn heads_of_size_zero_have_empty_results() {
+    everywhere(|_| {
+        for len in [1, 40] {
+            let s = AttentionShape { scale: 1.0, ..AttentionShape::new(2, len, len, 2, 1, 0) };
+            let (none, mut lse) = (&[0.0f32; 0], vec![9.0; 2 * 2 * len]);
+            let [mut out, mut dq, mut dk, mut dv] = [[0.0f32; 0]; 4];
+            flash_attention(&s, none, none, none, &mut out, &mut lse);
+            // All scores are zero: what is left is the number of keys that a query sees.
+            assert!(
+                lse.iter()
+                    .enumerate()
+                    .all(|(i, x)| (x - (1.0 + (i % len) as f32).ln()).abs() < 1e-6)
+            );
+            flash_attention_backward(
+                &s, none, none, none, &out, &lse, none, &mut dq, &mut dk, &mut dv,
+            );
+        }
+    });
+}
