@@ -169,10 +169,19 @@ impl Part<'_> {
                                 let next = soon.next(after(va, o.row_a));
                                 o.scores(rows, va, &doc[p..], ds_to, span, next);
                             }
-                            self.mask(pt, span, h, tile..tile + rows, first..first + n, q_first);
+                            // A scale that is not positive would turn minus infinity round.
+                            let mut scale = s.scale;
+                            if scale <= 0.0 {
+                                for p in pt.chunks_exact_mut(span) {
+                                    p[q_first..end].iter_mut().for_each(|x| *x *= scale);
+                                }
+                                scale = 1.0;
+                            }
+                            let keys = tile..tile + rows;
+                            self.mask(pt, span, scale, h, keys, first..first + n, q_first);
                             // A tile of queries may begin before, of which the last sees the key.
                             let before = q_first.saturating_sub(nr);
-                            let scale = s.scale * base::<T>();
+                            let scale = scale * base::<T>();
                             for (p, ds) in pt.chunks_exact_mut(span).zip(dst.chunks_exact_mut(span))
                             {
                                 ds[before..q_first].fill(0.0);
@@ -270,12 +279,13 @@ impl Part<'_> {
         }
     }
 
-    /// Adds the bias to scores of a tile of keys, transposed; what queries from column `from` on do not
-    /// see becomes minus infinity.
+    /// Adds the bias to scores of a tile of keys, transposed, that are to be multiplied by `scale`; what
+    /// queries from column `from` on do not see becomes minus infinity.
     fn mask(
         &self,
         scores: &mut [f32],
         row: usize,
+        scale: f32,
         h: usize,
         tile: Range<usize>,
         block: Range<usize>,
@@ -292,7 +302,7 @@ impl Part<'_> {
             if let Some(x) = s.bias {
                 let at = b * x.batch_stride + h * x.head_stride + j;
                 for q in seen.clone() {
-                    scores[q] += x.data[at + (block.start + q) * s.kv_len] / s.scale;
+                    scores[q] += x.data[at + (block.start + q) * s.kv_len] / scale;
                 }
             }
             scores[from..seen.start].fill(f32::NEG_INFINITY);

@@ -31,6 +31,8 @@ fn attention_cases(f: impl Fn(&AttentionShape<'_>)) {
     let bias = AttentionBias { data: &data, batch_stride: 0, head_stride: 30 * 50 };
     f(&AttentionShape { bias: Some(bias), ..plain(2, 30, 50, 2, 2, 16) });
     f(&AttentionShape { bias: Some(bias), causal: false, ..plain(1, 30, 50, 2, 2, 16) });
+    f(&AttentionShape { bias: Some(bias), scale: -0.4, ..plain(1, 30, 50, 2, 2, 16) });
+    f(&AttentionShape { scale: 0.0, ..plain(1, 70, 90, 2, 1, 16) });
     // Several blocks of queries and of keys.
     f(&AttentionShape { causal: false, ..plain(1, 71, 300, 1, 1, 5) });
     f(&AttentionShape { window: Some(100), ..plain(1, 300, 300, 1, 1, 4) });
