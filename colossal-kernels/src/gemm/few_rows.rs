@@ -92,8 +92,8 @@ impl Plan {
         let tiles = m.div_ceil(ROWS);
         let each = m.div_ceil(tiles);
         let (part, width) = match m {
-            1 => (PART, 6),
-            2..5 => (PART / 2 / m, 1),
+            1 | 2 => (PART / m, 6),
+            3 | 4 => (PART / 2 / m, 1),
             5..=ROWS => (PART / 2 / m, 3),
             _ => (PART / each, 3),
         };
@@ -224,8 +224,8 @@ impl<T: Float> Group<'_, T> {
                 };
             }
             match size_of::<T>() {
-                4 => call!(f32: 1 6, 2 1, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
-                _ => call!(bf16: 1 6, 2 1, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
+                4 => call!(f32: 1 6, 2 6, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
+                _ => call!(bf16: 1 6, 2 6, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -264,8 +264,8 @@ mod x86 {
                         _mm_prefetch::<_MM_HINT_T1>(
                             ahead.far.wrapping_add(ahead.stride * i + s * 64),
                         );
-                        // One row is multiplied faster than it is worth asking twice.
-                        if M > 1 {
+                        // One row or two are multiplied faster than it is worth asking twice.
+                        if M > 2 {
                             _mm_prefetch::<_MM_HINT_T0>(ahead.near[s].wrapping_add(64 * i));
                         }
                         $load(mask, b[s].add(i * $lanes))

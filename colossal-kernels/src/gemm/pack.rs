@@ -28,20 +28,34 @@ pub(super) fn in_place<'a, T: Float>(kernel: &Kernel, a: &Mat<'a, T>) -> Option<
     Some(Mat { data, rows: a.rows, cols: a.cols / each, row_stride: stride, col_stride: 1 })
 }
 
-/// Packs rows of `a` from `first` on as panels of `width` rows, as many as `out` holds, in the
-/// kernel's format; zeros beyond the last row.
-pub(crate) fn panels<T: Float>(
+/// Packs rows of `a` from `first` on as panels of `width` rows that start `apart` floats from each
+/// other, as many as `out` holds, in the kernel's format; zeros beyond the last row.
+pub(super) fn panels<T: Float>(
     kernel: &Kernel,
     a: Mat<'_, T>,
     first: usize,
     width: usize,
+    apart: usize,
     out: &mut [f32],
 ) {
-    let size = kernel.panel(width, a.cols).max(1);
-    for (p, out) in out.chunks_exact_mut(size).enumerate() {
-        panel(kernel, a, first + p * width, width, out);
+    if neighbours::fit(kernel, &a, width) {
+        let rows = (a.rows - first).min(out.len() / apart * width);
+        return neighbours::panels(kernel, a, first..first + rows, width, apart, out);
+    }
+    let size = kernel.panel(width, a.cols);
+    for (p, out) in out.chunks_exact_mut(apart).enumerate() {
+        panel(kernel, a, first + p * width, width, &mut out[..size]);
     }
 }
+
+/// How far apart panels of `size` floats start: some lines more than they take, for many panels of whole pages would
+/// crowd into few sets of the caches.
+pub(super) fn apart(size: usize) -> usize {
+    size.next_multiple_of(LINE) + 5 * LINE
+}
+
+/// Floats of a line.
+const LINE: usize = 16;
 
 /// One panel.
 pub(crate) fn panel<T: Float>(
@@ -52,11 +66,12 @@ pub(crate) fn panel<T: Float>(
     out: &mut [f32],
 ) {
     let rows = width.min(a.rows - first);
+    if neighbours::fit(kernel, &a, width) {
+        return neighbours::panels(kernel, a, first..first + rows, width, 0, out);
+    }
     let data = &a.data[(first * a.row_stride).min(a.data.len())..];
     if kernel.pairs {
         pairs(data, [rows, a.cols, a.row_stride, a.col_stride], width, out);
-    } else if a.row_stride == 1 && T::NAME == "f32" && transpose::fits() {
-        neighbours::copy(bytemuck::cast_slice(data), [rows, a.cols, a.col_stride], width, out);
     } else if a.row_stride == 1 {
         across(data, [rows, a.cols, a.col_stride], width, out);
     } else if a.col_stride == 1 && T::NAME == "f32" && transpose::fits() {
@@ -120,9 +135,6 @@ fn pairs<T: Float>(data: &[T], shape: [usize; 4], width: usize, out: &mut [f32])
     let data: &[bf16] = bytemuck::cast_slice(data);
     if row_stride == 1 {
         let bits: &[u16] = bytemuck::cast_slice(data);
-        if transpose::fits() {
-            return neighbours::pairs(bits, [rows, depth, col_stride], width, out);
-        }
         return pairs_across(bits, [rows, depth, col_stride], width, bytemuck::cast_slice_mut(out));
     }
     // Contiguous rows: whole pairs are 32-bit words to transpose; an odd last step is left.
@@ -255,29 +267,49 @@ mod transpose {
     }
 }
 
-/// Panels whose rows are neighbours, in registers: a step is a masked copy.
+/// Panels whose rows are neighbours, in registers: one step of them all is a run of memory, read once.
 mod neighbours {
-    /// `out[k * width + i] = data[k * stride + i]`, zeros for rows beyond the last.
-    pub(super) fn copy(data: &[f32], shape: [usize; 3], width: usize, out: &mut [f32]) {
-        let [rows, depth, stride] = shape;
-        assert!(depth == 0 || data.len() >= (depth - 1) * stride + rows);
-        assert!(rows <= width && out.len() >= width * depth && super::stores(width));
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: `transpose::fits` was asked before; all in bounds by the assertions.
-        unsafe {
-            x86::copy(data.as_ptr(), shape, width, out.as_mut_ptr());
-        }
+    use std::ops::Range;
+
+    use super::super::Mat;
+    use super::super::micro::Kernel;
+    use super::transpose;
+    use crate::float::Float;
+
+    /// Are these rows neighbours, and is there code for panels so wide?
+    pub(super) fn fit<T: Float>(kernel: &Kernel, a: &Mat<'_, T>, width: usize) -> bool {
+        let item = kernel.pairs || T::NAME == "f32";
+        a.row_stride == 1 && item && matches!(width, 14 | 32) && transpose::fits()
     }
 
-    /// The same for bf16, two steps side by side in 32 bits; an odd last one beside zeros.
-    pub(super) fn pairs(data: &[u16], shape: [usize; 3], width: usize, out: &mut [f32]) {
-        let [rows, depth, stride] = shape;
-        assert!(depth == 0 || data.len() >= (depth - 1) * stride + rows);
-        assert!(rows <= width && out.len() >= width * depth.div_ceil(2) && super::stores(width));
+    /// Packs these rows as panels that start `apart` floats from each other: step `k` of row `i` of panel `p` at
+    /// `out[p * apart + k * width + i]`, zeros for rows beyond the last.
+    pub(super) fn panels<T: Float>(
+        kernel: &Kernel,
+        a: Mat<'_, T>,
+        rows: Range<usize>,
+        width: usize,
+        apart: usize,
+        out: &mut [f32],
+    ) {
+        let (depth, stride) = (a.cols, a.col_stride);
+        let (panels, size) = (rows.len().div_ceil(width), kernel.panel(width, depth));
+        if rows.is_empty() || depth == 0 {
+            return out.fill(0.0);
+        }
+        assert!(a.data.len() >= rows.end + (depth - 1) * stride);
+        assert!(out.len() >= (panels - 1) * apart + size && (panels == 1 || apart >= size));
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
+        // SAFETY: `fit` was asked before; all in bounds by the assertions.
         unsafe {
-            x86::pairs(data.as_ptr().cast(), shape, width, out.as_mut_ptr());
+            let from = a.data.as_ptr().add(rows.start);
+            let (out, shape) = (out.as_mut_ptr(), [rows.len(), depth, stride]);
+            match (kernel.pairs, width) {
+                (true, 14) => x86::pairs::<14>(from.cast(), shape, apart, out),
+                (true, _) => x86::pairs::<32>(from.cast(), shape, apart, out),
+                (false, 14) => x86::copy::<14>(from.cast(), shape, apart, out),
+                (false, _) => x86::copy::<32>(from.cast(), shape, apart, out),
+            }
         }
     }
 
@@ -292,62 +324,80 @@ mod neighbours {
         const SOON: usize = 16;
 
         /// Lanes `first ..` of `n`, sixteen at most.
+        #[inline(always)]
         fn lanes(n: usize, first: usize) -> u16 {
             let lanes = n.saturating_sub(first).min(16) as u32;
             ((1u32 << lanes) - 1) as u16
         }
 
+        /// Panels of f32.
+        ///
         /// # Safety
-        /// AVX-512F; what `neighbours::copy` asserts.
+        /// AVX-512F; what `neighbours::panels` asserts.
         #[target_feature(enable = "avx512f")]
-        pub(super) unsafe fn copy(
+        pub(super) unsafe fn copy<const W: usize>(
             data: *const f32,
             [rows, depth, stride]: [usize; 3],
-            width: usize,
+            apart: usize,
             out: *mut f32,
         ) {
             for k in 0..depth {
-                for first in (0..width).step_by(16) {
-                    // SAFETY: masked to what is in bounds.
-                    unsafe {
-                        let at = data.wrapping_add(k * stride + first);
-                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(SOON * stride).cast());
-                        let x = _mm512_maskz_loadu_ps(lanes(rows, first), at);
-                        store(out.add(k * width + first), x, k + 1 == depth, width - first);
+                let step = |p: usize, rows: usize| {
+                    for first in (0..W).step_by(16) {
+                        // SAFETY: masked to what is in bounds.
+                        unsafe {
+                            let at = data.wrapping_add(k * stride + p * W + first);
+                            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(SOON * stride).cast());
+                            let x = _mm512_maskz_loadu_ps(lanes(rows, first), at);
+                            let out = out.add(p * apart + k * W + first);
+                            store(out, x, k + 1 == depth, W - first);
+                        }
                     }
+                };
+                (0..rows / W).for_each(|p| step(p, W));
+                if !rows.is_multiple_of(W) {
+                    step(rows / W, rows % W);
                 }
             }
         }
 
+        /// Panels of bf16, two steps side by side in 32 bits; an odd last one beside zeros.
+        ///
         /// # Safety
-        /// AVX-512 F, BW and VL; what `neighbours::pairs` asserts.
+        /// AVX-512 F, BW and VL; what `neighbours::panels` asserts.
         #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-        pub(super) unsafe fn pairs(
+        pub(super) unsafe fn pairs<const W: usize>(
             data: *const i16,
             [rows, depth, stride]: [usize; 3],
-            width: usize,
+            apart: usize,
             out: *mut f32,
         ) {
             for k in (0..depth).step_by(2) {
-                for first in (0..width).step_by(16) {
-                    let from = lanes(rows, first);
-                    let odd = if k + 1 < depth { from } else { 0 };
-                    // SAFETY: masked to what is in bounds.
-                    unsafe {
-                        let at = data.wrapping_add(k * stride + first);
-                        // A line is two vectors of these.
-                        if first % 32 == 0 {
-                            let soon = at.wrapping_add(SOON * stride);
-                            _mm_prefetch::<_MM_HINT_T0>(soon.cast());
-                            _mm_prefetch::<_MM_HINT_T0>(soon.wrapping_add(stride).cast());
+                let step = |p: usize, rows: usize| {
+                    for first in (0..W).step_by(16) {
+                        let from = lanes(rows, first);
+                        let odd = if k + 1 < depth { from } else { 0 };
+                        // SAFETY: masked to what is in bounds.
+                        unsafe {
+                            let at = data.wrapping_add(k * stride + p * W + first);
+                            // A line is two vectors of these.
+                            if first % 32 == 0 {
+                                let soon = at.wrapping_add(SOON * stride);
+                                _mm_prefetch::<_MM_HINT_T0>(soon.cast());
+                                _mm_prefetch::<_MM_HINT_T0>(soon.wrapping_add(stride).cast());
+                            }
+                            let low = _mm256_maskz_loadu_epi16(from, at);
+                            let high = _mm256_maskz_loadu_epi16(odd, at.wrapping_add(stride));
+                            let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
+                            let both = _mm512_or_epi32(_mm512_cvtepu16_epi32(low), high);
+                            let out = out.add(p * apart + k / 2 * W + first);
+                            store(out, _mm512_castsi512_ps(both), k + 2 >= depth, W - first);
                         }
-                        let low = _mm256_maskz_loadu_epi16(from, at);
-                        let high = _mm256_maskz_loadu_epi16(odd, at.wrapping_add(stride));
-                        let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
-                        let both = _mm512_or_epi32(_mm512_cvtepu16_epi32(low), high);
-                        let out = out.add(k / 2 * width + first);
-                        store(out, _mm512_castsi512_ps(both), k + 2 >= depth, width - first);
                     }
+                };
+                (0..rows / W).for_each(|p| step(p, W));
+                if !rows.is_multiple_of(W) {
+                    step(rows / W, rows % W);
                 }
             }
         }

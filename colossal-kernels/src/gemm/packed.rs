@@ -14,8 +14,9 @@ use super::{Mat, pack, with_workspace};
 use crate::float::Float;
 use crate::threads::{Parts, count, parallel_each, parallel_for};
 
-/// Multiply-adds of one item of work, in floats: some 100 microseconds.
-const ITEM: usize = 6 << 20;
+/// Multiply-adds of one item of work, in floats: some 400 microseconds. Smaller ones would have groups of one
+/// panel, whose packing then reads parts of lines.
+const ITEM: usize = 24 << 20;
 /// Panels of one group of rows at most …
 const GROUP: usize = 8;
 /// … and the floats in them: they should stay in a 1 MiB second-level cache.
@@ -142,6 +143,8 @@ struct Rows<'a, T, O, E> {
     product: &'a Packed<'a, T, O, E>,
     panels: Range<usize>,
     packed: &'a [f32],
+    /// Floats from the start of a packed panel to that of the next.
+    apart: usize,
     scratch: Tile,
 }
 
@@ -152,12 +155,13 @@ impl<T: Float, O: Float, E: Float> Packed<'_, T, O, E> {
     /// Packs these panels of `a`, unless they can be read where they lie.
     fn with_rows(&self, panels: Range<usize>, f: impl FnOnce(&mut Rows<'_, T, O, E>)) {
         let mr = self.kernel.mr;
-        let len = if self.words.is_some() { 0 } else { panels.len() * mr * self.steps };
+        let apart = pack::apart(mr * self.steps);
+        let len = if self.words.is_some() { 0 } else { panels.len() * apart };
         with_workspace(len, |packed| {
             if len > 0 {
-                pack::panels(&self.kernel, self.a, panels.start * mr, mr, packed);
+                pack::panels(&self.kernel, self.a, panels.start * mr, mr, apart, packed);
             }
-            f(&mut Rows { product: self, panels, packed, scratch: Tile([0.0; TILE]) });
+            f(&mut Rows { product: self, panels, packed, apart, scratch: Tile([0.0; TILE]) });
         });
     }
 
@@ -173,7 +177,7 @@ impl<T: Float, O: Float, E: Float> Rows<'_, T, O, E> {
         let mr = self.product.kernel.mr;
         match &self.product.words {
             Some(a) => (&a.data[row * mr * a.row_stride..], [a.row_stride, 1]),
-            None => (&self.packed[(row - self.panels.start) * mr * self.product.steps..], [1, mr]),
+            None => (&self.packed[(row - self.panels.start) * self.apart..], [1, mr]),
         }
     }
 
@@ -182,7 +186,7 @@ impl<T: Float, O: Float, E: Float> Rows<'_, T, O, E> {
         let Packed { kernel, a, words, steps, .. } = self.product;
         match words {
             Some(_) => Ahead::rows(a, (row + 1) * kernel.mr, *steps, 0),
-            None => Ahead::lines(self.at(row).0.as_ptr().wrapping_add(kernel.mr * steps)),
+            None => Ahead::lines(self.at(row).0.as_ptr().wrapping_add(self.apart)),
         }
     }
 
