@@ -21,6 +21,9 @@ const PIECE: usize = 512 << 10;
 const GROUP: usize = 48;
 /// Bytes of a group's columns, about: it and the next share the second-level cache with `a`.
 const PASSING: usize = 192 << 10;
+/// Bytes of a column from which on one row or two take several columns at a time: the processor foresees
+/// where a long one goes on.
+const SHORT: usize = 2048;
 /// Vectors of `a` that stay in the first-level cache.
 const PART: usize = 384;
 /// Floats of a vector; a step of depth is one vector of each operand.
@@ -92,8 +95,8 @@ impl Plan {
         let tiles = m.div_ceil(ROWS);
         let each = m.div_ceil(tiles);
         let (part, width) = match m {
-            1 | 2 => (PART / m, 6),
-            3 | 4 => (PART / 2 / m, 1),
+            1 | 2 if apart >= SHORT => (PART / m, 6),
+            1..5 => (PART / 2 / m, 1),
             5..=ROWS => (PART / 2 / m, 3),
             _ => (PART / each, 3),
         };
@@ -224,8 +227,8 @@ impl<T: Float> Group<'_, T> {
                 };
             }
             match size_of::<T>() {
-                4 => call!(f32: 1 6, 2 6, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
-                _ => call!(bf16: 1 6, 2 6, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
+                4 => call!(f32: 1 1, 1 6, 2 1, 2 6, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
+                _ => call!(bf16: 1 1, 1 6, 2 1, 2 6, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -264,8 +267,8 @@ mod x86 {
                         _mm_prefetch::<_MM_HINT_T1>(
                             ahead.far.wrapping_add(ahead.stride * i + s * 64),
                         );
-                        // One row or two are multiplied faster than it is worth asking twice.
-                        if M > 2 {
+                        // One row or two with long columns are multiplied faster than it is worth asking twice.
+                        if M > 2 || S == 1 {
                             _mm_prefetch::<_MM_HINT_T0>(ahead.near[s].wrapping_add(64 * i));
                         }
                         $load(mask, b[s].add(i * $lanes))
