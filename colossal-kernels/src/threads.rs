@@ -310,6 +310,16 @@ impl<T> Parts<T> {
         self.0.wrapping_add(range.start)
     }
 
+    /// The elements of `range`, to be read.
+    ///
+    /// # Safety
+    /// Nobody writes them while the result lives.
+    pub(crate) unsafe fn shared(&self, range: Range<usize>) -> &[T] {
+        assert!(range.start <= range.end && range.end <= self.1);
+        // SAFETY: in bounds by the assertion, not written by contract.
+        unsafe { std::slice::from_raw_parts(self.0.add(range.start), range.len()) }
+    }
+
     /// The elements of `range`.
     ///
     /// # Safety

@@ -1,12 +1,14 @@
 //! A product of bounded depth from packed panels.
 //!
-//! A large product is cut into a cell a thread, whose operands that thread packs for itself; threads
-//! share the panels of smaller ones. In a cell the first rows of `a` meet each panel of `b` while it is
-//! fresh. Then a group of rows, small enough for the second-level cache, meets all columns; the thread
-//! that uses it packs it, unless the kernel can read it where it lies. What is packed next is fetched
-//! from memory by the kernels that run before, so that packing costs little more than its instructions.
+//! A large product is cut into a cell a thread, whose columns of `b` that thread packs for itself, and from
+//! whose items of work others take when they are done with their own; threads share the panels of smaller
+//! products. First rows of `a` meet each panel of `b` while it is fresh. Then a group of rows, small enough
+//! for the second-level cache, meets all columns; the thread that uses it packs it, unless the kernel can
+//! read it where it lies. What is packed next is fetched from memory by the kernels that run before, so
+//! that packing costs little more than its instructions.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 
 use super::epilogue::Sink;
 use super::micro::{Ahead, Kernel, Out, TILE};
@@ -14,9 +16,11 @@ use super::{Mat, pack, with_workspace};
 use crate::float::Float;
 use crate::threads::{Parts, count, parallel_each, parallel_for};
 
-/// Multiply-adds of one item of work, in floats: some 400 microseconds. Smaller ones would have groups of one
-/// panel, whose packing then reads parts of lines.
+/// Multiply-adds of one group of rows with all columns, in floats: some 400 microseconds. Smaller ones would
+/// have groups of one panel, whose packing then reads parts of lines.
 const ITEM: usize = 24 << 20;
+/// Multiply-adds that a thread takes from a cell at a time: some 70 microseconds.
+const SHARE: usize = 4 << 20;
 /// Panels of one group of rows at most …
 const GROUP: usize = 8;
 /// … and the floats in them: they should stay in a 1 MiB second-level cache.
@@ -32,10 +36,22 @@ pub(super) fn pass<T: Float, O: Float, E: Float>(
     b: Mat<'_, T>,
     sink: &Sink<'_, O, E>,
 ) {
-    let Some([down, across]) = grid(a.rows, b.cols) else { return together(a, b, sink) };
+    match grid(a.rows, b.cols) {
+        Some(grid) => apart(a, b, sink, grid),
+        None => together(a, b, sink),
+    }
+}
+
+/// By threads that have a cell each: see [`grid`].
+fn apart<T: Float, O: Float, E: Float>(
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    sink: &Sink<'_, O, E>,
+    [down, across]: [usize; 2],
+) {
     let kernel = Kernel::of::<T>();
     let (panels_a, panels_b) = (a.rows.div_ceil(kernel.mr), b.cols.div_ceil(kernel.nr));
-    parallel_each(down * across, |cell| {
+    let cell = |cell: usize| {
         let (i, j) = (cell / across, cell % across);
         let rows = panels_a * i / down * kernel.mr..panels_a * (i + 1) / down * kernel.mr;
         let cols = panels_b * j / across * kernel.nr..panels_b * (j + 1) / across * kernel.nr;
@@ -49,8 +65,49 @@ pub(super) fn pass<T: Float, O: Float, E: Float>(
             cols: cols.end.min(b.cols) - cols.start,
             ..b
         };
-        together(a, b, &sink.from(rows.start, cols.start));
+        Cell::new(Packed::new(kernel, a, b, sink.from(rows.start, cols.start)))
+    };
+    let cells: Vec<_> = (0..down * across).map(cell).collect();
+    let each = cells.iter().map(|cell| cell.product.room()).max().unwrap_or(0);
+    with_workspace(cells.len() * each, |space| {
+        let parts = Parts::new(space);
+        parallel_each(cells.len(), |own| {
+            let room = |cell: usize| cell * each..cell * each + cells[cell].product.room();
+            let product = &cells[own].product;
+            product.first(0..product.panels_b(), &parts.part(room(own)));
+            cells[own].packed.store(true, Release);
+            for other in (own..cells.len()).chain(0..own) {
+                // Cells of all columns pack the same: then what this thread has packed is nearer.
+                let packed = if across == 1 { own } else { other };
+                if cells[packed].packed.load(Acquire) {
+                    // SAFETY: written before it was said to be packed, and by nobody afterwards.
+                    cells[other].work(unsafe { parts.shared(room(packed)) });
+                }
+            }
+        });
     });
+}
+
+/// A part of a product: one thread packs its columns, and whoever is free takes its items of work.
+struct Cell<'a, T, O, E> {
+    product: Packed<'a, T, O, E>,
+    split: Split,
+    /// Are its columns packed, and its first rows multiplied?
+    packed: AtomicBool,
+    /// The next item.
+    next: AtomicUsize,
+}
+
+impl<'a, T: Float, O: Float, E: Float> Cell<'a, T, O, E> {
+    fn new(product: Packed<'a, T, O, E>) -> Self {
+        let split = Split::of_cell(&product);
+        Cell { product, split, packed: AtomicBool::new(false), next: AtomicUsize::new(0) }
+    }
+
+    /// Works on items that nobody has begun, until there are none.
+    fn work(&self, columns: &[f32]) {
+        self.product.items(&self.split, columns, || self.next.fetch_add(1, Relaxed));
+    }
 }
 
 /// How many rows and columns of cells, one a thread, cut a product so large that packing a cell's operands
@@ -68,62 +125,25 @@ fn grid(m: usize, n: usize) -> Option<[usize; 2]> {
 
 /// The same by all threads that are free.
 fn together<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O, E>) {
-    let kernel = Kernel::of::<T>();
-    let (m, n, k) = (a.rows, b.cols, a.cols);
-    let (panels_a, panels_b) = (m.div_ceil(kernel.mr), n.div_ceil(kernel.nr));
-    let size_b = kernel.panel(kernel.nr, k);
-    let small = m * n * k < 64 * 64 * 64;
-    let words = pack::in_place(&kernel, &a);
-    let product = Packed { kernel, a, words, b: b.t(), steps: kernel.steps(k), sink };
-    let first = FIRST.min(panels_a);
-    // Pairs of bf16 take the room of one f32: the workspace is counted in floats either way.
-    with_workspace(panels_b * size_b, |space_b| {
-        let parts = Parts::new(space_b);
-        let grain = if small { usize::MAX } else { (8192 / size_b.max(1)).max(1) };
-        parallel_for(panels_b, grain, |range| {
-            product.with_rows(0..first, |rows| {
-                for column in range {
-                    // SAFETY: each panel belongs to one piece.
-                    let panel = unsafe { parts.range(column * size_b..(column + 1) * size_b) };
-                    pack::panel(&kernel, b.t(), column * kernel.nr, kernel.nr, panel);
-                    for row in 0..first {
-                        let next = product.ahead(&product.b, (column + 1) * kernel.nr, row);
-                        rows.tile(row, column, panel, next);
-                    }
-                }
-            });
-        });
-        let space_b = &*space_b;
-        let Split { groups, blocks } =
-            Split::of(panels_a - first, panels_b, kernel.panel(kernel.mr, k), kernel.nr);
-        let bound = |group: usize| first + (panels_a - first) * group / groups;
-        let item = |item: usize| {
-            let (group, block) = (item / blocks, item % blocks);
-            let columns = panels_b * block / blocks..panels_b * (block + 1) / blocks;
-            // The rows that this thread takes next.
-            let after = bound((item + 1) / blocks) * kernel.mr;
-            product.with_rows(bound(group)..bound(group + 1), |rows| {
-                for column in columns.clone() {
-                    let panel = &space_b[column * size_b..(column + 1) * size_b];
-                    let left = columns.end - column - 1;
-                    for row in rows.panels.clone() {
-                        let next = match left {
-                            0 | 1 => {
-                                let at = after + (row - rows.panels.start) * kernel.mr;
-                                product.ahead(&product.a, at, 1 - left)
-                            }
-                            _ => rows.next(row),
-                        };
-                        rows.tile(row, column, panel, next);
-                    }
-                }
-            });
-        };
+    let product = Packed::new(Kernel::of::<T>(), a, b, sink.from(0, 0));
+    let small = a.rows * b.cols * a.cols < 64 * 64 * 64;
+    let size = product.size_b();
+    with_workspace(product.room(), |space| {
+        let parts = Parts::new(space);
+        let grain = if small { usize::MAX } else { (8192 / size.max(1)).max(1) };
+        parallel_for(product.panels_b(), grain, |columns| product.first(columns, &parts));
+        let (space, split) = (&*space, Split::among_all(&product));
+        let items = split.groups * split.blocks;
         match small {
-            true => (0..groups * blocks).for_each(item),
-            false => parallel_each(groups * blocks, item),
+            true => product.items(&split, space, counter(0..items)),
+            false => parallel_each(items, |i| product.items(&split, space, counter(i..i + 1))),
         }
     });
+}
+
+/// The numbers of a range, then one that is too large for any.
+fn counter(mut range: Range<usize>) -> impl FnMut() -> usize {
+    move || range.next().unwrap_or(usize::MAX)
 }
 
 /// A product under way.
@@ -135,14 +155,14 @@ struct Packed<'a, T, O, E> {
     /// The columns of b.
     b: Mat<'a, T>,
     steps: usize,
-    sink: &'a Sink<'a, O, E>,
+    sink: Sink<'a, O, E>,
 }
 
 /// Panels of rows, ready for the kernel.
 struct Rows<'a, T, O, E> {
     product: &'a Packed<'a, T, O, E>,
     panels: Range<usize>,
-    packed: &'a [f32],
+    packed: &'a mut [f32],
     /// Floats from the start of a packed panel to that of the next.
     apart: usize,
     scratch: Tile,
@@ -151,17 +171,100 @@ struct Rows<'a, T, O, E> {
 #[repr(align(64))]
 struct Tile([f32; TILE]);
 
-impl<T: Float, O: Float, E: Float> Packed<'_, T, O, E> {
-    /// Packs these panels of `a`, unless they can be read where they lie.
-    fn with_rows(&self, panels: Range<usize>, f: impl FnOnce(&mut Rows<'_, T, O, E>)) {
-        let mr = self.kernel.mr;
-        let apart = pack::apart(mr * self.steps);
-        let len = if self.words.is_some() { 0 } else { panels.len() * apart };
-        with_workspace(len, |packed| {
-            if len > 0 {
-                pack::panels(&self.kernel, self.a, panels.start * mr, mr, apart, packed);
+impl<'a, T: Float, O: Float, E: Float> Packed<'a, T, O, E> {
+    fn new(kernel: Kernel, a: Mat<'a, T>, b: Mat<'a, T>, sink: Sink<'a, O, E>) -> Self {
+        let words = pack::in_place(&kernel, &a);
+        Packed { kernel, a, words, b: b.t(), steps: kernel.steps(a.cols), sink }
+    }
+
+    fn panels_a(&self) -> usize {
+        self.a.rows.div_ceil(self.kernel.mr)
+    }
+
+    fn panels_b(&self) -> usize {
+        self.b.rows.div_ceil(self.kernel.nr)
+    }
+
+    /// Floats of a panel of `b`. Pairs of bf16 take the room of one f32.
+    fn size_b(&self) -> usize {
+        self.kernel.nr * self.steps
+    }
+
+    /// Floats of all of them.
+    fn room(&self) -> usize {
+        self.panels_b() * self.size_b()
+    }
+
+    /// Panels of rows behind the first ones.
+    fn panels_left(&self) -> usize {
+        self.panels_a() - FIRST.min(self.panels_a())
+    }
+
+    /// Panels of a group of rows at most: as many as stay in the second-level cache while columns pass by.
+    fn group(&self) -> usize {
+        let panel = (self.kernel.mr * self.steps).max(1);
+        let room = (ROOM / panel).clamp(1, GROUP);
+        (ITEM / (panel * self.kernel.nr * self.panels_b()).max(1)).clamp(1, room)
+    }
+
+    /// Packs these columns, each into its part of the room, and multiplies the first rows with them.
+    fn first(&self, columns: Range<usize>, room: &Parts<f32>) {
+        let (nr, size) = (self.kernel.nr, self.size_b());
+        let first = FIRST.min(self.panels_a());
+        self.with_rows(first, |rows| {
+            rows.take(0..first);
+            for column in columns {
+                // SAFETY: each panel belongs to one piece.
+                let panel = unsafe { room.range(column * size..(column + 1) * size) };
+                pack::panel(&self.kernel, self.b, column * nr, nr, panel);
+                for row in 0..first {
+                    let next = self.ahead(&self.b, (column + 1) * nr, row);
+                    rows.tile(row, column, panel, next);
+                }
             }
-            f(&mut Rows { product: self, panels, packed, apart, scratch: Tile([0.0; TILE]) });
+        });
+    }
+
+    /// Multiplies the groups of rows behind the first ones: those items that `next` says, up to one too large.
+    fn items(&self, split: &Split, columns: &[f32], mut next: impl FnMut() -> usize) {
+        let Split { groups, blocks } = *split;
+        let (left, size) = (self.panels_left(), self.size_b());
+        let bound = |group: usize| self.panels_a() - left + left * group / groups;
+        self.with_rows(left.div_ceil(groups.max(1)), |rows| {
+            loop {
+                let item = next();
+                if item >= groups * blocks {
+                    break;
+                }
+                let block = item % blocks;
+                let end = self.panels_b() * (block + 1) / blocks;
+                rows.take(bound(item / blocks)..bound(item / blocks + 1));
+                // The rows that this thread is likely to take next.
+                let after = bound((item + 1) / blocks);
+                for column in self.panels_b() * block / blocks..end {
+                    let panel = &columns[column * size..(column + 1) * size];
+                    let left = end - column - 1;
+                    for row in rows.panels.clone() {
+                        let next = match left {
+                            0 | 1 if after > rows.panels.start => {
+                                let at = (after + row - rows.panels.start) * self.kernel.mr;
+                                self.ahead(&self.a, at, 1 - left)
+                            }
+                            _ => rows.next(row),
+                        };
+                        rows.tile(row, column, panel, next);
+                    }
+                }
+            }
+        });
+    }
+
+    /// Lends room for so many panels of rows.
+    fn with_rows(&self, most: usize, f: impl FnOnce(&mut Rows<'_, T, O, E>)) {
+        let apart = pack::apart(self.kernel.mr * self.steps);
+        let len = if self.words.is_some() { 0 } else { most * apart };
+        with_workspace(len, |packed| {
+            f(&mut Rows { product: self, panels: 0..0, packed, apart, scratch: Tile([0.0; TILE]) });
         });
     }
 
@@ -172,6 +275,19 @@ impl<T: Float, O: Float, E: Float> Packed<'_, T, O, E> {
 }
 
 impl<T: Float, O: Float, E: Float> Rows<'_, T, O, E> {
+    /// Packs these panels of `a`, unless they are there or can be read where they lie.
+    fn take(&mut self, panels: Range<usize>) {
+        if panels == self.panels {
+            return;
+        }
+        let Packed { kernel, a, words, .. } = self.product;
+        if words.is_none() {
+            let packed = &mut self.packed[..panels.len() * self.apart];
+            pack::panels(kernel, *a, panels.start * kernel.mr, kernel.mr, self.apart, packed);
+        }
+        self.panels = panels;
+    }
+
     /// Where panel `row` starts, and the strides of its rows and steps.
     fn at(&self, row: usize) -> (&[f32], [usize; 2]) {
         let mr = self.product.kernel.mr;
@@ -218,16 +334,25 @@ struct Split {
 }
 
 impl Split {
-    /// Equal items, a multiple of the threads in number: small enough that threads end together,
-    /// and that a group stays in the second-level cache while columns pass by.
-    fn of(panels_a: usize, panels_b: usize, panel: usize, nr: usize) -> Split {
-        let threads = count();
-        let room = (ROOM / panel.max(1)).clamp(1, GROUP);
-        let most = (ITEM / (panel * nr * panels_b).max(1)).clamp(1, room);
-        let rounds = panels_a.div_ceil(most * threads);
-        let groups = (rounds * threads).min(panels_a);
+    /// Of a product that all threads share: equal items, a multiple of the threads in number, so that threads
+    /// end together.
+    fn among_all<T: Float, O: Float, E: Float>(product: &Packed<'_, T, O, E>) -> Split {
+        let (left, panels_b, threads) = (product.panels_left(), product.panels_b(), count());
+        let rounds = left.div_ceil(product.group() * threads);
+        let groups = (rounds * threads).min(left);
         // Few rows: threads share them and split the columns.
         let blocks = if groups >= 2 * threads { 1 } else { panels_b.div_ceil(16).min(4 * threads) };
         Split { groups, blocks }
+    }
+
+    /// Of a cell: items so small that a thread that takes the last one is not waited for long.
+    fn of_cell<T: Float, O: Float, E: Float>(product: &Packed<'_, T, O, E>) -> Split {
+        let Packed { kernel, steps, .. } = product;
+        let work = product.group() * kernel.mr * kernel.nr * steps;
+        let columns = (SHARE / work.max(1)).max(1);
+        Split {
+            groups: product.panels_left().div_ceil(product.group()),
+            blocks: product.panels_b().div_ceil(columns),
+        }
     }
 }

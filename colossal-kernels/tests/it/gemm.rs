@@ -161,6 +161,31 @@ fn four_threads_cut_rows_and_columns() {
     close("600 x 520 on four threads", &c, &want, 1e-5);
 }
 
+/// Who is done takes work from others: whoever computes a tile, it is the same.
+#[test]
+fn work_taken_from_another_thread_gives_the_same_bits() {
+    for [m, n, k] in [[600, 520, 300], [1000, 300, 129], [300, 1100, 65]] {
+        let (a, b): (Vec<f32>, Vec<f32>) = (noise(m * k, 1), noise(k * n, 2));
+        for (a, b) in [
+            (Mat::new(&a, m, k), Mat::new(&b, n, k).t()),
+            (Mat::new(&a, k, m).t(), Mat::new(&b, k, n)),
+        ] {
+            let on = |n_threads: usize| {
+                threads::set(Threads::new(n_threads));
+                let mut c = vec![f32::NAN; m * n];
+                gemm(a, b, MatMut::new(&mut c, m, n), &Epilogue::default());
+                c
+            };
+            let want = on(1);
+            for round in 0..12 {
+                let threads = 2 + round % 3;
+                assert!(on(threads) == want, "{m}x{n}x{k}, {threads} threads, round {round}");
+            }
+        }
+    }
+    threads::set(Threads::new(1));
+}
+
 #[test]
 fn batched_products_take_strides() {
     everywhere(|place| {
