@@ -3,6 +3,7 @@
 
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
 
 use super::exp2::exp2;
 use super::forward::halves;
@@ -49,9 +50,35 @@ pub fn flash_attention_backward<T: Float>(
         return;
     }
     let to = [Parts::new(dq), Parts::new(dk), Parts::new(dv)];
-    parallel_each(s.batch * s.kv_heads, |bh| {
-        let part = Part { s, b: bh / s.kv_heads, kv_head: bh % s.kv_heads };
-        part.run([q, k, v, out, dout], lse, &to);
+    let o = Operands::of::<T>(s.head_dim);
+    let (heads, rows) = (s.batch * s.kv_heads, QUERIES[usize::from(o.kernel.pairs)]);
+    let chunks = s.chunks(heads, rows);
+    // Floats of the gradients of a head's keys and values.
+    let size = 2 * s.kv_len.next_multiple_of(o.kernel.mr) * o.row_c;
+    let shared = if chunks > 1 { heads * chunks * size } else { 0 };
+    let unfinished: Vec<_> = (0..heads).map(|_| AtomicUsize::new(chunks)).collect();
+    with_workspace(shared, |space| {
+        let space = Parts::new(space);
+        parallel_each(heads * chunks, |i| {
+            let (head, queries) = (i / chunks, s.chunk(i % chunks, chunks, rows));
+            let part = Part { s, b: head / s.kv_heads, kv_head: head % s.kv_heads };
+            let x = [q, k, v, out, dout];
+            if chunks == 1 {
+                return with_workspace(size, |sums| {
+                    part.run(queries, x, lse, sums, &to);
+                    part.store(&[sums], &to);
+                });
+            }
+            // SAFETY: this chunk's own.
+            let sums = unsafe { space.range(i * size..(i + 1) * size) };
+            part.run(queries, x, lse, sums, &to);
+            if unfinished[head].fetch_sub(1, AcqRel) == 1 {
+                let of = |chunk: usize| (head * chunks + chunk) * size;
+                // SAFETY: all chunks of this head are done with theirs.
+                let sums = (0..chunks).map(|c| unsafe { space.shared(of(c)..of(c + 1)) });
+                part.store(&sums.collect::<Vec<_>>(), &to);
+            }
+        });
     });
 }
 
@@ -63,25 +90,29 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
-    fn run<T: Float>(&self, [q, k, v, out, dout]: [&[T]; 5], lse: &[f32], to: &[Parts<T>; 3]) {
+    /// What these queries contribute: their own gradients, and in `dkv` all of those of keys and values
+    /// before scaling.
+    fn run<T: Float>(
+        &self,
+        chunk: Range<usize>,
+        [q, k, v, out, dout]: [&[T]; 5],
+        lse: &[f32],
+        dkv: &mut [f32],
+        to: &[Parts<T>; 3],
+    ) {
         let Part { s, b, kv_head } = *self;
         let o = Operands::of::<T>(s.head_dim);
         let (d, row, kv_row) = (s.head_dim, s.heads * s.head_dim, s.kv_heads * s.head_dim);
         let (mr, nr, group) = (o.kernel.mr, o.kernel.nr, s.heads / s.kv_heads);
-        let (queries, keys) = (s.q_real(b), s.kv_real(b));
+        let queries = s.q_real(b).min(chunk.end);
+        let keys = match queries > chunk.start {
+            true => s.visible(b, queries - 1).end,
+            false => 0,
+        };
         let most = QUERIES[usize::from(o.kernel.pairs)];
         // From one key's row of a block's queries to the next: long rows crowd into no few sets of the cache.
         let span = if o.kernel.pairs { most + 16 } else { most };
         let kv_at = (b * s.kv_stride() + kv_head * d).min(k.len());
-        let write = |to: &Parts<T>, at: usize, values: Option<(&[f32], f32)>| {
-            // SAFETY: this key head and its query heads are ours alone; rows are written one at a
-            // time.
-            let to = unsafe { to.range(at..at + d) };
-            match values {
-                Some((values, scale)) => store(values, scale, to),
-                None => to.fill(T::zeroed()),
-            }
-        };
         let block = (KEYS / mr * mr).next_multiple_of(2);
         debug_assert!(block.is_multiple_of(mr) && most.is_multiple_of(nr) && mr <= nr);
         let (blocks, padded) = (keys.div_ceil(block), keys.next_multiple_of(mr));
@@ -99,7 +130,6 @@ impl Part<'_> {
         let sizes = [
             2 * padded * o.row_a,       // keys and values as rows
             blocks * columns * panel_k, // keys as steps
-            2 * padded * o.row_c,       // gradients of keys and values
             2 * most / nr * panel_d,    // queries and dout as columns
             2 * columns * panel_q,      // queries and dout as steps
             rows_q * o.row_c,           // gradient of queries
@@ -111,16 +141,15 @@ impl Part<'_> {
         ];
         let mut soon = Soon::default();
         with_workspace(sizes.iter().sum(), |mut space| {
-            let [rows, ks, dkv, cols, steps, dqa, pt, dst, narrow, pairs, stats] =
+            let [rows, ks, cols, steps, dqa, pt, dst, narrow, pairs, stats] =
                 sizes.map(|n| take(&mut space, n));
             let (ka, va) = rows.split_at_mut(padded * o.row_a);
-            let (dka, dva) = dkv.split_at_mut(padded * o.row_c);
+            dkv.fill(0.0);
+            let (dka, dva) = dkv.split_at_mut(dkv.len() / 2);
             let (qc, doc) = cols.split_at_mut(most / nr * panel_d);
             let (qs, dos) = steps.split_at_mut(columns * panel_q);
             let (pt16, dst16) = narrow.split_at_mut(half);
             let (lses, deltas) = stats.split_at_mut(most);
-            dka.fill(0.0);
-            dva.fill(0.0);
             o.rows(&k[kv_at..], keys, kv_row, ka);
             o.rows(&v[kv_at..], keys, kv_row, va);
             for i in 0..blocks {
@@ -131,7 +160,7 @@ impl Part<'_> {
             for h in kv_head * group..(kv_head + 1) * group {
                 let q_at = b * s.q_len * row + h * d;
                 let lse = &lse[(b * s.heads + h) * s.q_len..][..s.q_len];
-                for first in (0..queries).step_by(most) {
+                for first in (chunk.start..queries).step_by(most) {
                     let n = most.min(queries - first);
                     let at = q_at + first * row;
                     o.columns(&q[at..], n, row, qc);
@@ -227,19 +256,45 @@ impl Part<'_> {
                         }
                     }
                     for r in 0..n {
-                        write(&to[0], at + r * row, Some((&dqa[r * o.row_c..], s.scale)));
+                        // SAFETY: this query of this head is ours alone.
+                        let to = unsafe { to[0].range(at + r * row..at + r * row + d) };
+                        store(&dqa[r * o.row_c..], s.scale, to);
                     }
                 }
-                for i in queries..s.q_len {
-                    write(&to[0], q_at + i * row, None);
+                for i in queries.max(chunk.start)..chunk.end {
+                    // SAFETY: as above.
+                    unsafe { to[0].range(q_at + i * row..q_at + i * row + d) }.fill(T::zeroed());
                 }
             }
-            for j in 0..s.kv_len {
-                let (at, c) = (kv_at + j * kv_row, j * o.row_c);
-                write(&to[1], at, (j < keys).then(|| (&dka[c..], s.scale)));
-                write(&to[2], at, (j < keys).then(|| (&dva[c..], 1.0)));
-            }
         });
+    }
+
+    /// Writes the gradients of keys and values: sums of what [`run`](Part::run) left of each chunk.
+    fn store<T: Float>(&self, sums: &[&[f32]], to: &[Parts<T>; 3]) {
+        let Part { s, b, kv_head } = *self;
+        let (d, row_c) = (s.head_dim, Operands::of::<T>(s.head_dim).row_c);
+        let keys = s.kv_real(b);
+        let mut total = vec![0.0; if sums.len() > 1 { d } else { 0 }];
+        for j in 0..s.kv_len {
+            let at = (b * s.kv_len + j) * s.kv_heads * d + kv_head * d;
+            for (part, scale) in [s.scale, 1.0].into_iter().enumerate() {
+                // SAFETY: this key head is ours alone, once all of its chunks are done.
+                let to = unsafe { to[1 + part].range(at..at + d) };
+                let row = |sums: &'_ [f32]| part * sums.len() / 2 + j * row_c;
+                match sums {
+                    _ if j >= keys => to.fill(T::zeroed()),
+                    [all] => store(&all[row(all)..], scale, to),
+                    [first, rest @ ..] => {
+                        total.copy_from_slice(&first[row(first)..][..d]);
+                        for sums in rest {
+                            add(&mut total, &sums[row(sums)..][..d]);
+                        }
+                        store(&total, scale, to);
+                    }
+                    [] => unreachable!("there is at least one chunk"),
+                }
+            }
+        }
     }
 
     /// Asks for what comes after a block of queries: the next block, its own gradient and, of the
@@ -321,6 +376,12 @@ impl Part<'_> {
             None => n,
         };
         start..end
+    }
+}
+
+simd! {
+    fn add(x: &mut [f32], y: &[f32]) {
+        x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
     }
 }
 

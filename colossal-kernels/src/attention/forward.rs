@@ -6,16 +6,14 @@ use std::ops::Range;
 use super::decode::one_query;
 use super::exp2::{exp2, log_sum_exp};
 use super::narrow::store;
-use super::{AttentionShape, Operands, Soon, take};
+use super::{AttentionShape, FEW, Operands, Soon, take};
 use crate::cast::round;
 use crate::float::Float;
 use crate::gemm::with_workspace;
 use crate::isa::simd;
 use crate::profile;
-use crate::threads::{Parts, count, parallel_for};
+use crate::threads::{Parts, count, parallel_each, parallel_for};
 
-/// Queries of a sequence up to which keys are not packed.
-const FEW: usize = 4;
 /// Tiles of queries of one block.
 const TILES: usize = 4;
 /// Keys of one block.
@@ -37,48 +35,62 @@ pub fn flash_attention<T: Float>(
     let _span = profile::span::<T>("attention", dims, || s.work::<T>(2, 2));
     let (d, row) = (s.head_dim, s.heads * s.head_dim);
     let (out, lse) = (Parts::new(out), Parts::new(lse));
+    // Neighbouring heads of a sequence, and queries of theirs: all of them, unless it is one head.
+    let piece = |pairs: Range<usize>, queries: Range<usize>| {
+        let (b, h) = (pairs.start / s.heads, pairs.start % s.heads);
+        let real = s.q_real(b);
+        let (heads, start) = (h..h + pairs.len(), queries.start);
+        let q_at = b * s.q_len * row + h * d;
+        // SAFETY: these queries of these heads are ours alone; rows are written one at a time.
+        let out_row =
+            |i: usize| unsafe { out.range(q_at + i * row..q_at + i * row + heads.len() * d) };
+        let [first, last] = [(pairs.start, start), (pairs.end - 1, queries.end)];
+        // SAFETY: as above.
+        let lse = unsafe { lse.range(first.0 * s.q_len + first.1..last.0 * s.q_len + last.1) };
+        for i in real.max(start)..queries.end {
+            out_row(i).fill(T::zeroed());
+            (0..heads.len()).for_each(|h| lse[h * s.q_len + i - start] = f32::NEG_INFINITY);
+        }
+        if real <= FEW && d > 0 {
+            let kv_at = (b * s.kv_stride()).min(k.len());
+            for i in start..real {
+                let q = &q[q_at + i * row..q_at + i * row + heads.len() * d];
+                let of = |h: usize, x| lse[(h - heads.start) * s.q_len + i - start] = x;
+                let x = [q, &k[kv_at..], &v[kv_at..]];
+                one_query(s, b, heads.clone(), i, x, out_row(i), of);
+            }
+        } else {
+            packed(s, pairs, queries, [q, k, v], &out_row, lse);
+        }
+    };
+    let (pairs, rows) = (s.batch * s.heads, TILES * Operands::of::<T>(d).kernel.mr);
+    let chunks = s.chunks(pairs, rows);
+    if chunks > 1 {
+        let pair = |i: usize| i / chunks..i / chunks + 1;
+        return parallel_each(pairs * chunks, |i| {
+            piece(pair(i), s.chunk(i % chunks, chunks, rows))
+        });
+    }
     // Decoding reads keys row by row: a thread takes as many heads of a sequence as it can.
     let grain = if s.q_len <= FEW { s.heads.div_ceil(count()) } else { 1 };
-    parallel_for(s.batch * s.heads, grain, |range| {
+    parallel_for(pairs, grain, |range| {
         let mut at = range.start;
         while at < range.end {
-            let (b, h) = (at / s.heads, at % s.heads);
-            let real = s.q_real(b);
             // All that this piece has of the sequence, or of those that share a key head.
-            let group = if real <= FEW { s.heads } else { s.heads / s.kv_heads };
-            let end = range.end.min(at - h % group + group);
-            let heads = h..h + end - at;
-            let q_at = b * s.q_len * row + h * d;
-            // SAFETY: these (sequence, head) pairs are ours alone; rows are written one at a time.
-            let out_row =
-                |i: usize| unsafe { out.range(q_at + i * row..q_at + i * row + heads.len() * d) };
-            // SAFETY: as above.
-            let lse = unsafe { lse.range(at * s.q_len..end * s.q_len) };
-            for i in real..s.q_len {
-                out_row(i).fill(T::zeroed());
-                (0..heads.len()).for_each(|h| lse[h * s.q_len + i] = f32::NEG_INFINITY);
-            }
-            if real <= FEW && d > 0 {
-                let kv_at = (b * s.kv_stride()).min(k.len());
-                for i in 0..real {
-                    let q = &q[q_at + i * row..q_at + i * row + heads.len() * d];
-                    let of = |h: usize, x| lse[(h - heads.start) * s.q_len + i] = x;
-                    let x = [q, &k[kv_at..], &v[kv_at..]];
-                    one_query(s, b, heads.clone(), i, x, out_row(i), of);
-                }
-            } else {
-                packed(s, at..end, [q, k, v], &out_row, lse);
-            }
+            let group = if s.q_real(at / s.heads) <= FEW { s.heads } else { s.heads / s.kv_heads };
+            let end = range.end.min(at - at % s.heads % group + group);
+            piece(at..end, 0..s.q_len);
             at = end;
         }
     });
 }
 
-/// All queries of (sequence, head) pairs that share their keys, whose parts of a row of `out` lie
+/// These queries of (sequence, head) pairs that share their keys, whose parts of a row of `out` lie
 /// together.
 fn packed<'o, T: Float>(
     s: &AttentionShape<'_>,
     pairs: Range<usize>,
+    queries: Range<usize>,
     qkv: [&[T]; 3],
     out_row: &impl Fn(usize) -> &'o mut [T],
     lse: &mut [f32],
@@ -101,17 +113,18 @@ fn packed<'o, T: Float>(
         mr * KEYS,
         mr * o.kernel.steps(KEYS),
     ];
-    let after = (pairs.end < s.batch * s.heads).then(|| s.of_pair(pairs.end, qkv));
+    let (real, all) = (real.min(queries.end), queries.len() == s.q_len);
+    let after = (all && pairs.end < s.batch * s.heads).then(|| s.of_pair(pairs.end, qkv));
     let mut soon = Soon::default();
     with_workspace(sizes.iter().sum(), |mut space| {
         let [kp, vp, qa, acc, scores, p] = sizes.map(|n| take(&mut space, n));
-        // Blocks of keys that are packed.
-        let mut ready = 0;
+        // Blocks of keys that are packed, or that nobody sees.
+        let mut ready = s.visible(b, queries.start).start / KEYS;
         for pair in pairs.clone() {
             let (h, [q, k, v]) = (pair % s.heads, s.of_pair(pair, qkv));
             let part = (pair - pairs.start) * s.head_dim;
             let lse = &mut lse[(pair - pairs.start) * s.q_len..];
-            for first in (0..real).step_by(rows) {
+            for first in (queries.start..real).step_by(rows) {
                 let rows = rows.min(real - first);
                 o.rows(&q[first * row..], rows, row, qa);
                 match (first + rows < real, after) {
@@ -208,7 +221,7 @@ fn packed<'o, T: Float>(
                             true => store(&acc[r * o.row_c..], 1.0 / sum, out),
                             false => out.fill(T::zeroed()),
                         }
-                        lse[first + r] = lses[r - tile];
+                        lse[first - queries.start + r] = lses[r - tile];
                     }
                 }
             }

@@ -5,7 +5,9 @@
 //! micro-kernel of matrix products; tiles that the mask hides are not computed. With AVX-512 BF16
 //! probabilities and their gradients are rounded to bf16 on the way into the next product, sums
 //! stay in f32. One piece of work is a (sequence, head) pair, in backward a (sequence, key head)
-//! pair, whose query heads add to the same keys.
+//! pair, whose query heads add to the same keys; of long sequences whose heads do not share out evenly
+//! among the threads it is a chunk of the pair's queries, whose gradients of keys are added up by who
+//! finishes last.
 
 mod backward;
 mod decode;
@@ -14,16 +16,24 @@ mod forward;
 mod narrow;
 mod paged;
 
+use std::ops::Range;
+
 use crate::float::Float;
 use crate::gemm::Mat;
 use crate::gemm::micro::{Ahead, Kernel};
 use crate::gemm::pack::panel;
 use crate::isa::simd;
 use crate::profile::Work;
+use crate::threads::count;
 
 pub use backward::flash_attention_backward;
 pub use forward::flash_attention;
 pub use paged::{PagedShape, paged_attention};
+
+/// Queries of a sequence up to which keys are not packed.
+const FEW: usize = 4;
+/// Queries of a chunk at least: beside their scores, packing the keys again is little.
+const CHUNK: usize = 512;
 
 /// Sizes and mask of an attention call.
 #[derive(Debug, Clone, Copy)]
@@ -117,7 +127,7 @@ impl AttentionShape<'_> {
     }
 
     /// Keys that query `i` of sequence `b` sees.
-    pub(crate) fn visible(&self, b: usize, i: usize) -> std::ops::Range<usize> {
+    pub(crate) fn visible(&self, b: usize, i: usize) -> Range<usize> {
         let (q, kv) = (self.q_real(b), self.kv_real(b));
         if !self.causal {
             return 0..kv;
@@ -125,6 +135,38 @@ impl AttentionShape<'_> {
         let end = (kv + i + 1).saturating_sub(q).min(kv);
         let start = self.window.map_or(0, |w| end.saturating_sub(w));
         start..end
+    }
+
+    /// Into how many chunks the queries of each of `heads` are cut, whole numbers of `rows`: one, unless
+    /// threads would wait for those that have a head more. A chunk packs the keys that it sees anew.
+    fn chunks(&self, heads: usize, rows: usize) -> usize {
+        let threads = count();
+        if heads == 0 || heads >= 4 * threads || self.q_len <= FEW {
+            return 1;
+        }
+        let most = self.q_len.div_ceil(CHUNK.next_multiple_of(rows));
+        let most = (4 * threads).div_ceil(heads).min(most);
+        (1..most).find(|chunks| (heads * chunks).is_multiple_of(threads)).unwrap_or(most)
+    }
+
+    /// The queries of a chunk. All chunks see about as many keys.
+    fn chunk(&self, chunk: usize, chunks: usize, rows: usize) -> Range<usize> {
+        let bound = |i: usize| {
+            let (part, all) = (i as f64 / chunks as f64, self.q_len as f64);
+            let query = match self.causal && self.window.is_none() {
+                // The first queries see so many keys each, the next ones one more each.
+                true => {
+                    let seen = self.kv_len.saturating_sub(self.q_len) as f64;
+                    (seen * seen + part * all * (all + 2.0 * seen)).sqrt() - seen
+                }
+                false => part * all,
+            };
+            match i == chunks {
+                true => self.q_len,
+                false => ((query / rows as f64).round() as usize * rows).min(self.q_len),
+            }
+        };
+        bound(chunk)..bound(chunk + 1)
     }
 
     /// `q`, `k` and `v` from the first rows of a (sequence, head) pair on.

@@ -3,7 +3,7 @@
 use colossal_kernels::*;
 use half::bf16;
 
-use crate::check::{close, dot, everywhere, noise, rounding, wide};
+use crate::check::{at_its_best, close, dot, everywhere, noise, rounding, wide};
 
 fn attention_cases(f: impl Fn(&AttentionShape<'_>)) {
     let plain = AttentionShape::new;
@@ -101,6 +101,56 @@ fn attention_backward<T: Float>(place: &str, tolerance: f64) {
                 );
             }
         }
+    });
+}
+
+/// Long sequences of few heads are cut into chunks of queries: what one thread computes whole.
+fn chunks<T: Float + PartialEq>() {
+    let (q_lens, kv_lens) = ([1200, 3, 700], [1100, 3, 900]);
+    let ragged = AttentionShape {
+        q_lens: Some(&q_lens),
+        kv_lens: Some(&kv_lens),
+        ..AttentionShape::new(3, 1300, 1300, 1, 1, 8)
+    };
+    let grouped = AttentionShape::new(1, 1100, 1500, 2, 1, 8);
+    let shapes = [
+        ragged,
+        AttentionShape { causal: false, ..ragged },
+        grouped,
+        AttentionShape { window: Some(150), ..grouped },
+        AttentionShape::new(1, 1700, 900, 1, 1, 5),
+    ];
+    for s in shapes {
+        let (nq, nk) = (s.q_len * s.heads * s.head_dim, s.kv_len * s.kv_heads * s.head_dim);
+        let (nq, nk) = (s.batch * nq, s.batch * nk);
+        let x: [Vec<T>; 3] = [noise(nq, 1), noise(nk, 2), noise(nk, 3)];
+        let dout: Vec<T> = noise(nq, 4);
+        let on = |n: usize| {
+            threads::set(Threads::new(n));
+            let (mut out, mut lse) = (noise(nq, 5), noise(s.batch * s.heads * s.q_len, 6));
+            flash_attention(&s, &x[0], &x[1], &x[2], &mut out, &mut lse);
+            let mut grads: [Vec<T>; 3] = [noise(nq, 7), noise(nk, 8), noise(nk, 9)];
+            let [dq, dk, dv] = &mut grads;
+            flash_attention_backward(&s, &x[0], &x[1], &x[2], &out, &lse, &dout, dq, dk, dv);
+            (out, lse, grads)
+        };
+        let (out, lse, [dq, dk, dv]) = on(1);
+        for n in [2, 4, 5] {
+            let (out_n, lse_n, [dq_n, dk_n, dv_n]) = on(n);
+            assert!(out == out_n && lse == lse_n && dq == dq_n, "{n} threads, {s:?}");
+            let (name, tolerance) =
+                (format!("chunks on {n} threads {s:?}"), 1e-5 + rounding::<T>());
+            close(&name, &dk_n, &wide(&dk), tolerance);
+            close(&name, &dv_n, &wide(&dv), tolerance);
+        }
+    }
+}
+
+#[test]
+fn chunks_of_queries_equal_the_whole() {
+    at_its_best(|| {
+        chunks::<f32>();
+        chunks::<bf16>();
     });
 }
 

@@ -4,10 +4,19 @@ use std::sync::Mutex;
 
 use colossal_kernels::*;
 
-/// Runs `f` on each instruction set and number of threads; one test at a time, since the
-/// instruction set belongs to the process.
+/// The instruction set belongs to the process: one test at a time has it.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// Runs `f` on the best instruction set; it sets its threads itself.
+pub(crate) fn at_its_best(f: impl FnOnce()) {
+    let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());
+    force_isa(Isa::Avx512Bf16);
+    f();
+    threads::set(Threads::new(1));
+}
+
+/// Runs `f` on each instruction set and number of threads.
 pub(crate) fn everywhere(f: impl Fn(&str)) {
-    static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());
     for wanted in [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16] {
         if force_isa(wanted) != wanted {
