@@ -112,7 +112,7 @@ impl<'a, T: Float, O: Float, E: Float> Cell<'a, T, O, E> {
 
 /// How many rows and columns of cells, one a thread, cut a product so large that packing a cell's operands
 /// is little beside multiplying them: then each thread packs its own, and nothing passes from one
-/// core's cache to another's.
+/// core's cache to another's but what a thread that is done takes over.
 fn grid(m: usize, n: usize) -> Option<[usize; 2]> {
     let threads = count();
     let cells = (1..=threads).filter(|down| threads.is_multiple_of(*down));
