@@ -142,13 +142,15 @@ mod x86 {
     #[target_feature(enable = "avx2,fma")]
     pub(super) unsafe fn avx2() -> f32 {
         let (x, y) = std::hint::black_box((_mm256_set1_ps(0.5), _mm256_set1_ps(0.25)));
-        let mut acc = [_mm256_setzero_ps(); 12];
+        let mut acc = std::hint::black_box([_mm256_setzero_ps(); 12]);
         for _ in 0..STEPS {
             acc.iter_mut().for_each(|a| *a = _mm256_fmadd_ps(x, *a, y));
         }
+        // Every sum is used: the compiler would leave out what is not.
+        let sum = acc.iter().fold(_mm256_setzero_ps(), |sum, a| _mm256_add_ps(sum, *a));
         let mut out = [0.0f32; 8];
         // SAFETY: room for eight floats.
-        acc.iter().for_each(|a| unsafe { _mm256_storeu_ps(out.as_mut_ptr(), *a) });
+        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sum) };
         out.iter().sum()
     }
 }

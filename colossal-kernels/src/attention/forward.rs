@@ -14,8 +14,10 @@ use crate::isa::simd;
 use crate::profile;
 use crate::threads::{Parts, count, parallel_each, parallel_for};
 
-/// Tiles of queries of one block.
-const TILES: usize = 4;
+/// Tiles of queries of one block at most …
+const TILES: usize = 9;
+/// … and queries.
+const QUERIES: usize = 56;
 /// Keys of one block.
 const KEYS: usize = 256;
 
@@ -63,7 +65,7 @@ pub fn flash_attention<T: Float>(
             packed(s, pairs, queries, [q, k, v], &out_row, lse);
         }
     };
-    let (pairs, rows) = (s.batch * s.heads, TILES * Operands::of::<T>(d).kernel.mr);
+    let (pairs, rows) = (s.batch * s.heads, block_rows(Operands::of::<T>(d).kernel.mr));
     let chunks = s.chunks(pairs, rows);
     if chunks > 1 {
         let pair = |i: usize| i / chunks..i / chunks + 1;
@@ -104,7 +106,7 @@ fn packed<'o, T: Float>(
     let size_k = KEYS / nr * panel_k;
     let panel_v = o.kernel.panel(nr, KEYS);
     let size_v = o.row_c / nr * panel_v;
-    let rows = TILES * mr;
+    let rows = block_rows(mr);
     let sizes = [
         blocks * size_k,
         blocks * size_v,
@@ -227,6 +229,11 @@ fn packed<'o, T: Float>(
             }
         }
     });
+}
+
+/// Queries of one block, in whole tiles.
+fn block_rows(mr: usize) -> usize {
+    (QUERIES / mr).min(TILES) * mr
 }
 
 /// Rows of a tile at most.

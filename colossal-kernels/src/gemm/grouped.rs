@@ -3,10 +3,13 @@
 //! and what a thread packs stays in its caches.
 
 use super::micro::Kernel;
-use super::{DEPTH, Epilogue, Mat, MatMut, Sink, gemm, one_pass, pack};
+use super::{Epilogue, Mat, MatMut, Sink, gemm, one_pass, pack};
 use crate::float::Float;
 use crate::profile::{self, Work};
 use crate::threads::{Parts, count, parallel_each};
+
+/// Elements of depth that a thread multiplies in one pass.
+const DEEP: usize = 2048;
 
 /// One product of [`gemm_grouped`].
 #[derive(Debug, Clone, Copy)]
@@ -83,7 +86,7 @@ pub fn gemm_grouped<T: Float, O: Float>(
     let mut units = Vec::new();
     for product in products.iter().filter(|p| work(p) > 0 || !e.accumulate) {
         let Product { a, b, at } = *product;
-        if a.cols > DEPTH {
+        if a.cols > DEEP {
             // Sums of several passes: all threads share one product after the other.
             let c = &mut c[at..at + a.rows * b.cols];
             gemm(a, b, MatMut::new(c, a.rows, b.cols), e);

@@ -1,5 +1,8 @@
 //! The micro-kernels: a tile of `MR x NR` sums held in registers.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+
 use super::Mat;
 use crate::float::Float;
 #[cfg(target_arch = "x86_64")]
@@ -20,6 +23,14 @@ pub(crate) struct Kernel {
     pub(crate) nr: usize,
     /// Steps are pairs of bf16.
     pub(crate) pairs: bool,
+    /// Rows of `a` are read as fast where they lie as from a panel.
+    pub(crate) in_place: bool,
+    /// Steps of depth of one pass; longer products are added up in f32.
+    pub(super) depth: usize,
+    /// Floats of rows that should stay in the second-level cache.
+    pub(super) room: usize,
+    /// Floats of packed columns that should stay in the last-level cache while rows pass by.
+    pub(super) columns: usize,
     /// Of one row, of two, … of `mr`.
     run: &'static [Run],
     /// The same that round to bf16, if there are any.
@@ -68,6 +79,12 @@ impl Ahead {
         Ahead { at: at.cast(), near: 64, far: 16 * 64 }
     }
 
+    /// Do lines lie so far from each other that the hardware would not fetch them unasked?
+    #[cfg(target_arch = "x86_64")]
+    fn is_scattered(&self) -> bool {
+        self.near > 64
+    }
+
     /// Rows `stride` bytes apart, line by line of sixteen at a time.
     pub(crate) fn strided(at: *const u8, stride: usize) -> Ahead {
         Ahead { at, near: stride, far: 64 }
@@ -92,23 +109,47 @@ impl Ahead {
 impl Kernel {
     /// The best kernel for `T` on this machine.
     pub(crate) fn of<T: Float>() -> Kernel {
+        let plain = Kernel {
+            mr: 4,
+            nr: 16,
+            pairs: false,
+            in_place: true,
+            depth: 2048,
+            room: 112 << 10,
+            columns: 8 << 20,
+            run: &PORTABLE_4X16,
+            narrow: &[],
+        };
         #[cfg(target_arch = "x86_64")]
         match isa() {
             Isa::Avx512Bf16 if T::NAME == "bf16" => {
                 let (run, narrow) = (&x86::BF16_14X32, &x86::BF16_14X32_NARROW);
-                return Kernel { mr: 14, nr: 32, pairs: true, run, narrow };
+                return Kernel { mr: 14, nr: 32, pairs: true, run, narrow, ..plain };
             }
             Isa::Avx512 | Isa::Avx512Bf16 => {
-                return Kernel { mr: 14, nr: 32, pairs: false, run: &x86::F32_14X32, narrow: &[] };
+                let run = &x86::F32_14X32;
+                return Kernel { mr: 14, nr: 32, run, ..plain };
             }
             Isa::Avx2 => {
-                return Kernel { mr: 6, nr: 16, pairs: false, run: &x86::F32_6X16, narrow: &[] };
+                // Second-level caches of 512 KiB or less, and last-level ones of a few MiB.
+                let (depth, room, columns) = (512, 32 << 10, 512 << 10);
+                let run = &avx2::F32_6X16;
+                return Kernel {
+                    mr: 6,
+                    nr: 16,
+                    in_place: false,
+                    depth,
+                    room,
+                    columns,
+                    run,
+                    ..plain
+                };
             }
             Isa::Portable => {}
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = T::NAME;
-        Kernel { mr: 4, nr: 16, pairs: false, run: &PORTABLE_4X16, narrow: &[] }
+        plain
     }
 
     /// Floats of a panel of `width` rows and depth `k`.
@@ -166,6 +207,7 @@ impl Kernel {
     ) {
         let run = if out.narrow { self.narrow } else { self.run };
         let [row, step] = strides;
+        assert!(row == 1 || step == 1, "gemm: rows of a tile or its steps are neighbours");
         assert!(
             steps == 0
                 || (a.len() > (rows - 1) * row + (steps - 1) * step && b.len() >= steps * self.nr)
@@ -303,15 +345,6 @@ mod x86 {
             _mm512_storeu_si512(c.cast(), words(_mm512_cvtne2ps_pbh(y, x)));
         }
     }
-    kernel! {
-        /// AVX2 and FMA.
-        F32_6X16 [1 2 3 4 5 6], f32x16, "avx2,fma", 8, _mm256_setzero_ps, _mm256_loadu_ps,
-        _mm256_add_ps, _mm256_set1_ps, |acc, a, b| _mm256_fmadd_ps(a, b, acc), f32, |c: *mut f32, x, y| {
-            _mm256_storeu_ps(c, x);
-            _mm256_storeu_ps(c.add(8), y);
-        }
-    }
-
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
     fn pair(x: __m512) -> __m512bh {

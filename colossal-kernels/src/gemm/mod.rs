@@ -106,9 +106,6 @@ pub(crate) fn with_workspace<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> 
     result
 }
 
-/// Steps of depth of one pass; longer products are added up in f32.
-const DEPTH: usize = 2048;
-
 /// The product of `a` and `b` into `c`; see the module's head and [`Epilogue`].
 ///
 /// ```
@@ -176,7 +173,8 @@ pub fn gemm<T: Float, O: Float>(
         col_stride: c.col_stride,
         epilogue: *e,
     };
-    let depth = if Kernel::of::<T>().pairs { 2 * DEPTH } else { DEPTH };
+    let kernel = Kernel::of::<T>();
+    let depth = kernel.depth * if kernel.pairs { 2 } else { 1 };
     if skinny::fits(&a, &b) || a.cols <= depth {
         return one_pass(a, b, &sink);
     }

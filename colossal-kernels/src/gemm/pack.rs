@@ -1,5 +1,8 @@
 //! Panels: `width` rows of a matrix, interleaved so that one step of depth is contiguous.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+
 use half::bf16;
 
 use super::Mat;
@@ -11,7 +14,7 @@ use crate::isa::simd;
 /// tile does not crowd into few sets of the first-level cache.
 pub(super) fn in_place<'a, T: Float>(kernel: &Kernel, a: &Mat<'a, T>) -> Option<Mat<'a, f32>> {
     let each = if kernel.pairs { 2 } else { 1 };
-    if size_of::<T>() * each != size_of::<f32>() || a.col_stride != 1 {
+    if !kernel.in_place || size_of::<T>() * each != size_of::<f32>() || a.col_stride != 1 {
         return None;
     }
     let whole = a.cols.is_multiple_of(each) && a.row_stride.is_multiple_of(each);
@@ -42,6 +45,11 @@ pub(super) fn panels<T: Float>(
         let rows = (a.rows - first).min(out.len() / apart * width);
         return neighbours::panels(kernel, a, first..first + rows, width, apart, out);
     }
+    #[cfg(target_arch = "x86_64")]
+    if avx2::fits(&a, width) {
+        let rows = (a.rows - first).min(out.len() / apart * width);
+        return avx2::panels(a, first..first + rows, width, apart, out);
+    }
     let size = kernel.panel(width, a.cols);
     for (p, out) in out.chunks_exact_mut(apart).enumerate() {
         panel(kernel, a, first + p * width, width, &mut out[..size]);
@@ -68,6 +76,10 @@ pub(crate) fn panel<T: Float>(
     let rows = width.min(a.rows - first);
     if neighbours::fit(kernel, &a, width) {
         return neighbours::panels(kernel, a, first..first + rows, width, 0, out);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if avx2::fits(&a, width) {
+        return avx2::panels(a, first..first + rows, width, 0, out);
     }
     let data = &a.data[(first * a.row_stride).min(a.data.len())..];
     if kernel.pairs {

@@ -21,21 +21,32 @@ use crate::threads::{Parts, count, parallel_each, parallel_for};
 const ITEM: usize = 24 << 20;
 /// Multiply-adds that a thread takes from a cell at a time: some 70 microseconds.
 const SHARE: usize = 4 << 20;
-/// Panels of one group of rows at most …
+/// Panels of one group of rows at most.
 const GROUP: usize = 8;
-/// … and the floats in them: they should stay in a 1 MiB second-level cache.
-const ROOM: usize = 112 << 10;
 /// Rows times columns of a cell over their sum, at least: of 256 x 256 it is this.
 const CELL: usize = 128;
 /// Panels of rows that meet a panel of `b` as soon as it is packed; while they do, the next is fetched.
 const FIRST: usize = 2;
 
-/// `c = act(alpha * a b + bias)` where the kernel's sums take the whole depth.
+/// `c = act(alpha * a b + bias)` where the kernel's sums take the whole depth: so many columns at a time as stay
+/// near when they are packed.
 pub(super) fn pass<T: Float, O: Float, E: Float>(
     a: Mat<'_, T>,
     b: Mat<'_, T>,
     sink: &Sink<'_, O, E>,
 ) {
+    let kernel = Kernel::of::<T>();
+    let (panels, size) = (b.cols.div_ceil(kernel.nr), kernel.panel(kernel.nr, a.cols).max(1));
+    let parts = (panels * size).div_ceil(kernel.columns).clamp(1, panels.max(1));
+    for part in 0..parts {
+        let first = panels * part / parts * kernel.nr;
+        let end = (panels * (part + 1) / parts * kernel.nr).min(b.cols);
+        let data = &b.data[(first * b.col_stride).min(b.data.len())..];
+        pass_near(a, Mat { data, cols: end - first, ..b }, &sink.from(0, first));
+    }
+}
+
+fn pass_near<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O, E>) {
     match grid(a.rows, b.cols) {
         Some(grid) => apart(a, b, sink, grid),
         None => together(a, b, sink),
@@ -203,7 +214,7 @@ impl<'a, T: Float, O: Float, E: Float> Packed<'a, T, O, E> {
     /// Panels of a group of rows at most: as many as stay in the second-level cache while columns pass by.
     fn group(&self) -> usize {
         let panel = (self.kernel.mr * self.steps).max(1);
-        let room = (ROOM / panel).clamp(1, GROUP);
+        let room = (self.kernel.room / panel).clamp(1, GROUP);
         (ITEM / (panel * self.kernel.nr * self.panels_b()).max(1)).clamp(1, room)
     }
 

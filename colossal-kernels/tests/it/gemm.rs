@@ -253,7 +253,7 @@ fn a_product_into_overlapping_rows_is_refused() {
 fn grouped_products_equal_single_ones() {
     everywhere(|place| {
         let (n, k) = (70, 33);
-        // A product without rows, few rows, many; the last is deeper than one pass.
+        // A product without rows, few rows, many; the last is deep.
         let rows = [0, 3, 100, 61, 1];
         let (x, w) = (noise::<f32>(200 * 1100, 1), noise::<f32>(6 * n * 1100, 2));
         for accumulate in [false, true] {
@@ -274,7 +274,10 @@ fn grouped_products_equal_single_ones() {
                 gemm(*a, *b, MatMut::new(c, a.rows, b.cols), &e);
             }
             gemm_grouped(&products, &mut y, &e);
-            close(place, &y, &wide(&expected), 1e-6);
+            let expected = wide(&expected);
+            close(place, &y[..end], &expected[..end], 1e-6);
+            // A single product may add up its depth in passes: the order of 1100 terms.
+            close(place, &y[end..], &expected[end..], 2e-5);
         }
     });
 }
