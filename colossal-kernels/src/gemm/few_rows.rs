@@ -1,4 +1,5 @@
-//! Few rows times a transposed matrix, in AVX-512 registers: f32, or bf16 through `vdpbf16ps`.
+//! Few rows times a transposed matrix, in registers: f32 or bf16, which AVX-512 multiplies by `vdpbf16ps` and
+//! AVX2 as f32.
 //!
 //! Weights come from memory while those before them are multiplied: in the order of addresses, which
 //! memory is fastest in, a group of columns is asked into the second-level cache while the group before
@@ -6,13 +7,18 @@
 //! its way there, be it from the second level: so `a` is cut along the depth into parts that stay in the
 //! first level while a group passes by, and only the next columns are asked for from there.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+
 use super::{Mat, Sink, with_workspace};
 use crate::float::Float;
 use crate::isa::{Isa, isa};
 use crate::threads::{count, parallel_each};
 
-/// Rows of a tile at most.
+/// Rows of a tile at most …
 const ROWS: usize = 8;
+/// … and with AVX2, which has half of the registers.
+const ROWS_AVX2: usize = 4;
 /// Columns of a tile at most.
 const WIDTH: usize = 6;
 /// Bytes of columns that threads take at a time, about.
@@ -32,8 +38,8 @@ const LANES: usize = 16;
 /// Has this machine the instructions for `T`, and may they be used?
 pub(super) fn fits<T: Float>() -> bool {
     match T::NAME {
-        "f32" => isa() >= Isa::Avx512,
-        "bf16" => isa() == Isa::Avx512Bf16,
+        "f32" => isa() >= Isa::Avx2,
+        "bf16" => matches!(isa(), Isa::Avx2 | Isa::Avx512Bf16),
         _ => false,
     }
 }
@@ -54,7 +60,11 @@ pub(super) fn gemm<T: Float, O: Float, E: Float>(
     let each = plan.each;
     with_workspace(m * steps * LANES, |packed| {
         for (t, packed) in packed.chunks_mut(each * steps * LANES).enumerate() {
-            pack(&a, t * each, packed.len() / (steps * LANES), bytemuck::cast_slice_mut(packed));
+            let rows = packed.len() / (steps * LANES);
+            match size_of::<T>() * lanes::<T>() == size_of::<[f32; LANES]>() {
+                true => pack(&a, t * each, rows, bytemuck::cast_slice_mut::<_, T>(packed), |x| x),
+                false => pack(&a, t * each, rows, packed, T::to_f32),
+            }
         }
         let packed = &*packed;
         // Small enough that threads finish together, large enough to be worth handing out.
@@ -92,9 +102,11 @@ struct Plan {
 impl Plan {
     /// Of `m` rows, so many steps deep; columns of `b` lie `apart` bytes from each other.
     fn new(m: usize, steps: usize, apart: usize) -> Plan {
-        let tiles = m.div_ceil(ROWS);
+        let avx2 = isa() == Isa::Avx2;
+        let tiles = m.div_ceil(if avx2 { ROWS_AVX2 } else { ROWS });
         let each = m.div_ceil(tiles);
         let (part, width) = match m {
+            3.. if avx2 => (PART / each, 3),
             1 | 2 if apart >= SHORT => (PART / m, 6),
             1..5 => (PART / 2 / m, 1),
             5..=ROWS => (PART / 2 / m, 3),
@@ -107,19 +119,26 @@ impl Plan {
     }
 }
 
+/// Elements of a step: a line of them, but for AVX2 as many as are a line of f32.
 fn lanes<T>() -> usize {
-    64 / size_of::<T>()
+    if isa() == Isa::Avx2 { LANES } else { 64 / size_of::<T>() }
 }
 
 /// Interleaves `rows` rows of `a` from `first` on: a vector of each, step after step.
-fn pack<T: Float>(a: &Mat<'_, T>, first: usize, rows: usize, out: &mut [T]) {
+fn pack<T: Float, P: Float>(
+    a: &Mat<'_, T>,
+    first: usize,
+    rows: usize,
+    out: &mut [P],
+    to: impl Fn(T) -> P,
+) {
     let lanes = lanes::<T>();
     for r in 0..rows {
         let row = &a.data[(first + r) * a.row_stride..][..a.cols];
         for (x, out) in row.chunks(lanes).zip(out.chunks_exact_mut(rows * lanes)) {
             let out = &mut out[r * lanes..(r + 1) * lanes];
-            out[..x.len()].copy_from_slice(x);
-            out[x.len()..].fill(T::zeroed());
+            out.iter_mut().zip(x).for_each(|(out, x)| *out = to(*x));
+            out[x.len()..].fill(P::zeroed());
         }
     }
 }
@@ -150,7 +169,8 @@ impl<T: Float> Group<'_, T> {
         let steps = self.b.rows.div_ceil(lanes::<T>());
         let apart = self.b.col_stride * size_of::<T>();
         // All tiles together ask for as much as they multiply.
-        let (mut far, stride) = (self.line(group, 0), (width * 64).div_ceil(tiles));
+        let step = lanes::<T>() * size_of::<T>();
+        let (mut far, stride) = (self.line(group, 0), (width * step).div_ceil(tiles));
         for (t, packed) in packed.chunks(each * steps * LANES).enumerate() {
             let rows = each.min(m - t * each);
             for at in (0..steps).step_by(part) {
@@ -185,7 +205,8 @@ impl<T: Float> Group<'_, T> {
     /// Where step `at` of a column lies; of any number, to be asked for only.
     fn line(&self, column: usize, at: usize) -> *const i8 {
         let start = self.b.data.as_ptr().cast::<i8>();
-        start.wrapping_add((self.first + column) * self.b.col_stride * size_of::<T>() + at * 64)
+        let at = (self.first + column) * self.b.col_stride + at * lanes::<T>();
+        start.wrapping_add(at * size_of::<T>())
     }
 
     /// One tile: the packed `rows`, these steps, with these columns of the group.
@@ -227,6 +248,21 @@ impl<T: Float> Group<'_, T> {
                 };
             }
             match size_of::<T>() {
+                _ if isa() == Isa::Avx2 => {
+                    // SAFETY: as below.
+                    let at = |j: usize| columns[j];
+                    macro_rules! tile {
+                        ($($m:literal $s:literal),*) => {
+                            match (rows, width) {
+                                $(($m, $s) => unsafe {
+                                    avx2::tile::<T, $m, $s>(a, std::array::from_fn(at), len, ahead, out)
+                                },)*
+                                _ => unreachable!("no kernel of {rows} rows"),
+                            }
+                        };
+                    }
+                    tile!(1 1, 1 3, 1 6, 2 1, 2 3, 2 6, 3 3, 4 3)
+                }
                 4 => call!(f32: 1 1, 1 6, 2 1, 2 6, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
                 _ => call!(bf16: 1 1, 1 6, 2 1, 2 6, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
             }
