@@ -249,11 +249,11 @@ impl<T: Float> Group<'_, T> {
             }
             match size_of::<T>() {
                 _ if isa() == Isa::Avx2 => {
-                    // SAFETY: as below.
                     let at = |j: usize| columns[j];
                     macro_rules! tile {
                         ($($m:literal $s:literal),*) => {
                             match (rows, width) {
+                                // SAFETY: as below.
                                 $(($m, $s) => unsafe {
                                     avx2::tile::<T, $m, $s>(a, std::array::from_fn(at), len, ahead, out)
                                 },)*
