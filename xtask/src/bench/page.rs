@@ -22,7 +22,12 @@ pub(super) fn keep(rows: &[Value]) -> Result<()> {
     };
     let cores = std::thread::available_parallelism().map_or(0, |n| n.get());
     let (model, family) = (field("model name"), field("cpu family"));
-    let machine = format!("{}-f{family}-{cores}c", model.to_lowercase().replace(' ', "-"));
+    // Processors of one family may differ in what decides most of the figures.
+    let flags = field("flags");
+    let has = |flag: &&str| flags.split(' ').any(|f| f == *flag);
+    let vectors = ["avx512_bf16", "avx512f", "avx2"].into_iter().find(has).unwrap_or("plain");
+    let model_name = model.to_lowercase().replace(' ', "-");
+    let machine = format!("{model_name}-f{family}-{vectors}-{cores}c");
     let path = format!("{RUNS}/{date}-{machine}.json");
     std::fs::create_dir_all(RUNS)?;
     let mut all: Vec<Value> = match std::fs::read_to_string(&path) {
@@ -38,8 +43,13 @@ pub(super) fn keep(rows: &[Value]) -> Result<()> {
         row["commit"] = json!(commit);
         row
     }));
-    let run =
-        json!({"date": date, "cpu": model, "cpu_family": family, "cores": cores, "rows": all});
+    let run = json!({
+        "date": date,
+        "cpu": format!("{model} with {vectors}"),
+        "cpu_family": family,
+        "cores": cores,
+        "rows": all,
+    });
     std::fs::write(&path, serde_json::to_string_pretty(&run)? + "\n")?;
     std::fs::write("bench/index.html", page()?)?;
     println!("\nkept in {path}; the history is bench/index.html");
