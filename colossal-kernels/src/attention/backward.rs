@@ -10,17 +10,22 @@ use super::forward::halves;
 use super::narrow::{pair_up, store};
 use super::{AttentionShape, Operands, Soon, take};
 use crate::float::Float;
+use crate::gemm::micro::Kernel;
 use crate::gemm::with_workspace;
 use crate::isa::simd;
 use crate::math::exp;
 use crate::profile;
 use crate::threads::{Parts, parallel_each};
 
-/// Queries of one block, multiples of every kernel's columns: of f32, whose sums over more of them would
-/// round more, and of pairs of bf16.
-const QUERIES: [usize; 2] = [64, 256];
 /// Keys of one block, about: a multiple of the kernel's rows and of two.
 const KEYS: usize = 112;
+/// Queries of one block, a multiple of any kernel's columns. More of them add to gradients of keys and values
+/// less often, which pays where these are far; but longer sums of f32 round more, and registers of AVX-512
+/// gain nothing from them.
+fn block_of_queries(kernel: &Kernel) -> usize {
+    if kernel.nr == 32 && !kernel.pairs { 64 } else { 256 }
+}
+
 /// Floats of keys, values and their gradients up to which the caches hand them out fast enough unasked.
 const CACHED: usize = 512 << 10;
 
@@ -51,7 +56,7 @@ pub fn flash_attention_backward<T: Float>(
     }
     let to = [Parts::new(dq), Parts::new(dk), Parts::new(dv)];
     let o = Operands::of::<T>(s.head_dim);
-    let (heads, rows) = (s.batch * s.kv_heads, QUERIES[usize::from(o.kernel.pairs)]);
+    let (heads, rows) = (s.batch * s.kv_heads, block_of_queries(&o.kernel));
     let chunks = s.chunks(heads, rows);
     // Floats of the gradients of a head's keys and values.
     let size = 2 * s.kv_len.next_multiple_of(o.kernel.mr) * o.row_c;
@@ -109,7 +114,7 @@ impl Part<'_> {
             true => s.visible(b, queries - 1).end,
             false => 0,
         };
-        let most = QUERIES[usize::from(o.kernel.pairs)];
+        let most = block_of_queries(&o.kernel);
         // From one key's row of a block's queries to the next: long rows crowd into no few sets of the cache.
         let span = if o.kernel.pairs { most + 16 } else { most };
         let kv_at = (b * s.kv_stride() + kv_head * d).min(k.len());
