@@ -150,6 +150,26 @@ fn few_rows_cut_columns_and_depth() {
     });
 }
 
+/// More packed columns than stay near come in parts, each with its own of bias and residual; an odd depth of
+/// more than one pass.
+#[test]
+fn columns_that_do_not_stay_near_come_in_parts() {
+    let (m, n, k) = (20, 2100, 517);
+    let (a, b): (Vec<f32>, Vec<f32>) = (noise(m * k, 1), noise(k * n, 2));
+    let (bias, residual): (Vec<f32>, Vec<f32>) = (noise(n, 3), noise(m * n, 4));
+    let mut want = reference::gemm(m, n, k, &wide(&a), &wide(&b));
+    for (i, x) in want.iter_mut().enumerate() {
+        *x += f64::from(bias[i % n]) + f64::from(residual[i]);
+    }
+    everywhere(|place| {
+        let residual = Some(Mat::new(&residual, m, n));
+        let e = Epilogue { bias: Some(&bias), residual, ..Epilogue::default() };
+        let mut c = vec![f32::NAN; m * n];
+        gemm(Mat::new(&a, m, k), Mat::new(&b, k, n), MatMut::new(&mut c, m, n), &e);
+        close(place, &c, &want, 3e-5);
+    });
+}
+
 #[test]
 fn four_threads_cut_rows_and_columns() {
     let (m, n, k) = (600, 520, 9);
