@@ -19,6 +19,7 @@ use crate::threads::{Parts, parallel_each};
 
 /// Keys of one block, about: a multiple of the kernel's rows and of two.
 const KEYS: usize = 112;
+
 /// Queries of one block, a multiple of any kernel's columns. More of them add to gradients of keys and values
 /// less often, which pays where these are far; but longer sums of f32 round more, and registers of AVX-512
 /// gain nothing from them.

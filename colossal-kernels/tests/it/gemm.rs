@@ -170,6 +170,23 @@ fn columns_that_do_not_stay_near_come_in_parts() {
     });
 }
 
+/// Operands may repeat one row or one column: a stride of zero.
+#[test]
+fn operands_with_a_stride_of_zero() {
+    let (m, n, k) = (60, 40, 30);
+    let (row, ones) = (noise::<f32>(k, 1), vec![1.0f32; k * n]);
+    let sum: f64 = wide(&row).iter().sum();
+    everywhere(|place| {
+        let a = Mat { row_stride: 0, ..Mat::new(&row, m, k) };
+        let mut c = vec![f32::NAN; m * n];
+        gemm(a, Mat::new(&ones, k, n), MatMut::new(&mut c, m, n), &Epilogue::default());
+        close(place, &c, &vec![sum; m * n], 1e-5);
+        let mut c = vec![f32::NAN; n * m];
+        gemm(Mat::new(&ones, n, k), a.t(), MatMut::new(&mut c, n, m), &Epilogue::default());
+        close(place, &c, &vec![sum; m * n], 1e-5);
+    });
+}
+
 #[test]
 fn four_threads_cut_rows_and_columns() {
     let (m, n, k) = (600, 520, 9);

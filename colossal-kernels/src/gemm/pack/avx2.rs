@@ -42,7 +42,7 @@ pub(super) fn panels<T: Float>(
     // SAFETY: `fits` found the instructions; all in bounds by the assertions.
     unsafe {
         let from = a.data.as_ptr().add(rows.start * a.row_stride);
-        let stride = a.row_stride.max(a.col_stride);
+        let stride = if a.col_stride == 1 { a.row_stride } else { a.col_stride };
         pack(from, [rows.len(), a.cols, stride], apart, out.as_mut_ptr());
     }
 }
