@@ -5,7 +5,8 @@
 //! memory is fastest in, a group of columns is asked into the second-level cache while the group before
 //! it is multiplied. Of what is asked into the first level the processor drops a part when too much is on
 //! its way there, be it from the second level: so `a` is cut along the depth into parts that stay in the
-//! first level while a group passes by, and only the next columns are asked for from there.
+//! first level while a group passes by, and only the next columns are asked for from there. Where two
+//! tiles have all rows, both meet the same columns in turn, which the second finds in the first level.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -91,6 +92,8 @@ struct Plan {
     each: usize,
     /// Tiles.
     tiles: usize,
+    /// Tiles whose parts of `a` are in the first-level cache together.
+    near: usize,
     /// Steps of depth of a part.
     part: usize,
     /// Columns of a tile.
@@ -105,17 +108,19 @@ impl Plan {
         let avx2 = isa() == Isa::Avx2;
         let tiles = m.div_ceil(if avx2 { ROWS_AVX2 } else { ROWS });
         let each = m.div_ceil(tiles);
+        // More rows wait for multiplications, and longer parts are fewer.
+        let near = if m <= 16 { tiles.min(2) } else { 1 };
         let (part, width) = match m {
-            3.. if avx2 => (PART / each, 3),
+            3.. if avx2 => (PART / (near * each), 3),
             1 | 2 if apart >= SHORT => (PART / m, 6),
             1..5 => (PART / 2 / m, 1),
             5..=ROWS => (PART / 2 / m, 3),
-            _ => (PART / each, 3),
+            _ => (PART / (near * each), 3),
         };
         // Parts of about the same size.
         let part = steps.div_ceil(steps.div_ceil(part));
         let group = (PASSING / apart).clamp(width, GROUP) / width * width;
-        Plan { m, each, tiles, part, width, group }
+        Plan { m, each, tiles, near, part, width, group }
     }
 }
 
@@ -162,41 +167,43 @@ struct Group<'a, T> {
 }
 
 impl<T: Float> Group<'_, T> {
-    /// Products with `packed` into `sums`, whose rows are [`GROUP`] long: a part of the depth after
-    /// the other.
+    /// Products with `packed` into `sums`, whose rows are [`GROUP`] long: for so many rows as stay in the
+    /// first level, a part of the depth after the other, in which a few columns meet all tiles before the next
+    /// ones do.
     fn product(&self, packed: &[f32], plan: &Plan, sums: &mut [f32]) {
-        let Plan { m, each, tiles, width, part, group } = *plan;
+        let Plan { m, each, tiles, near, width, part, group } = *plan;
         let steps = self.b.rows.div_ceil(lanes::<T>());
         let apart = self.b.col_stride * size_of::<T>();
         // All tiles together ask for as much as they multiply.
         let step = lanes::<T>() * size_of::<T>();
         let (mut far, stride) = (self.line(group, 0), (width * step).div_ceil(tiles));
-        for (t, packed) in packed.chunks(each * steps * LANES).enumerate() {
-            let rows = each.min(m - t * each);
+        for first in (0..tiles).step_by(near) {
             for at in (0..steps).step_by(part) {
                 let len = part.min(steps - at);
-                let packed = &packed[at * rows * LANES..(at + len) * rows * LANES];
                 for j in (0..self.count).step_by(width) {
                     let columns = j..(j + width).min(self.count);
                     let next = match j + width {
-                        // Several tiles wait for multiplications more than for the second level.
-                        _ if tiles > 1 => self.line(j, at),
+                        // Tiles that come one by one wait for multiplications more than for the second level.
+                        _ if near == 1 && tiles > 1 => self.line(j, at),
                         next if next < self.count => self.line(next, at),
                         _ if at + len < steps => self.line(0, at + len),
                         next => self.line(next, 0),
                     };
-                    let near = std::array::from_fn(|s| next.wrapping_add(s * apart));
-                    let sums = &mut sums[t * each * GROUP + j..];
-                    self.dots(
-                        packed,
-                        rows,
-                        at..at + len,
-                        columns,
-                        width,
-                        Ahead { near, far, stride },
-                        sums,
-                    );
-                    far = far.wrapping_add(len * stride);
+                    let next = std::array::from_fn(|s| next.wrapping_add(s * apart));
+                    for t in first..(first + near).min(tiles) {
+                        let rows = each.min(m - t * each);
+                        let start = (t * each * steps + at * rows) * LANES;
+                        self.dots(
+                            &packed[start..start + len * rows * LANES],
+                            rows,
+                            at..at + len,
+                            columns.clone(),
+                            width,
+                            Ahead { near: next, far, stride },
+                            &mut sums[t * each * GROUP + j..],
+                        );
+                        far = far.wrapping_add(len * stride);
+                    }
                 }
             }
         }
