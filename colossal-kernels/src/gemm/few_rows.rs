@@ -110,11 +110,12 @@ impl Plan {
         let each = m.div_ceil(tiles);
         // More rows wait for multiplications, and longer parts are fewer.
         let near = if m <= 16 { tiles.min(2) } else { 1 };
+        // Rows of one tile wait for memory, which gives columns fastest one after the other.
         let (part, width) = match m {
             3.. if avx2 => (PART / (near * each), 3),
             1 | 2 if apart >= SHORT => (PART / m, 6),
             1..5 => (PART / 2 / m, 1),
-            5..=ROWS => (PART / 2 / m, 3),
+            5..=ROWS => (PART * 3 / 4 / m, 1),
             _ => (PART / (near * each), 3),
         };
         // Parts of about the same size.
@@ -270,8 +271,12 @@ impl<T: Float> Group<'_, T> {
                     }
                     tile!(1 1, 1 3, 1 6, 2 1, 2 3, 2 6, 3 3, 4 3)
                 }
-                4 => call!(f32: 1 1, 1 6, 2 1, 2 6, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
-                _ => call!(bf16: 1 1, 1 6, 2 1, 2 6, 3 1, 4 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3),
+                4 => {
+                    call!(f32: 1 1, 1 6, 2 1, 2 6, 3 1, 4 1, 5 1, 6 1, 7 1, 8 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3)
+                }
+                _ => {
+                    call!(bf16: 1 1, 1 6, 2 1, 2 6, 3 1, 4 1, 5 1, 6 1, 7 1, 8 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3)
+                }
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
