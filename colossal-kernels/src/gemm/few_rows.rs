@@ -7,6 +7,7 @@
 //! its way there, be it from the second level: so `a` is cut along the depth into parts that stay in the
 //! first level while a group passes by, and only the next columns are asked for from there. Where two
 //! tiles have all rows, both meet the same columns in turn, which the second finds in the first level.
+//! One row or two are no more than reading: under AVX-512 they take columns whole, in the order of addresses.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -20,6 +21,8 @@ use crate::threads::{count, parallel_each};
 const ROWS: usize = 8;
 /// … and with AVX2, which has half of the registers.
 const ROWS_AVX2: usize = 4;
+/// Rows that AVX-512 multiplies by columns in the order of addresses: there is little to do beside reading.
+const STREAM: usize = 2;
 /// Columns of a tile at most.
 const WIDTH: usize = 6;
 /// Bytes of columns that threads take at a time, about.
@@ -28,7 +31,7 @@ const PIECE: usize = 512 << 10;
 const GROUP: usize = 48;
 /// Bytes of a group's columns, about: it and the next share the second-level cache with `a`.
 const PASSING: usize = 192 << 10;
-/// Bytes of a column from which on one row or two take several columns at a time: the processor foresees
+/// Bytes of a column from which on AVX2 takes several columns for one row or two: the processor foresees
 /// where a long one goes on.
 const SHORT: usize = 2048;
 /// Vectors of `a` that stay in the first-level cache.
@@ -172,6 +175,9 @@ impl<T: Float> Group<'_, T> {
     /// first level, a part of the depth after the other, in which a few columns meet all tiles before the next
     /// ones do.
     fn product(&self, packed: &[f32], plan: &Plan, sums: &mut [f32]) {
+        if plan.m <= STREAM && isa() != Isa::Avx2 {
+            return self.stream(packed, plan.m, sums);
+        }
         let Plan { m, each, tiles, near, width, part, group } = *plan;
         let steps = self.b.rows.div_ceil(lanes::<T>());
         let apart = self.b.col_stride * size_of::<T>();
@@ -206,6 +212,34 @@ impl<T: Float> Group<'_, T> {
                         far = far.wrapping_add(len * stride);
                     }
                 }
+            }
+        }
+    }
+
+    /// The same of at most [`STREAM`] rows.
+    fn stream(&self, packed: &[f32], rows: usize, sums: &mut [f32]) {
+        let Group { b, first, count } = *self;
+        assert!(packed.len() >= rows * b.rows.div_ceil(lanes::<T>()) * LANES);
+        assert!(sums.len() >= (rows - 1) * GROUP + count);
+        assert!(count > 0 && (first + count - 1) * b.col_stride + b.rows <= b.data.len());
+        #[cfg(target_arch = "x86_64")]
+        {
+            let (a, from) = (packed.as_ptr(), b.data[first * b.col_stride..].as_ptr());
+            let out = (sums.as_mut_ptr(), count);
+            macro_rules! call {
+                ($kernel:ident: $($m:literal $chains:literal),*) => {
+                    match rows {
+                        // SAFETY: `fits` was asked; rows, columns and sums are in bounds by the assertions.
+                        $($m => unsafe {
+                            x86::$kernel::<$m, $chains>(a.cast(), from.cast(), b.col_stride, b.rows, out)
+                        },)*
+                        _ => unreachable!("no kernel of {rows} rows"),
+                    }
+                };
+            }
+            match size_of::<T>() {
+                4 => call!(stream_f32: 1 4, 2 2),
+                _ => call!(stream_bf16: 1 4, 2 2),
             }
         }
     }
@@ -272,10 +306,10 @@ impl<T: Float> Group<'_, T> {
                     tile!(1 1, 1 3, 1 6, 2 1, 2 3, 2 6, 3 3, 4 3)
                 }
                 4 => {
-                    call!(f32: 1 1, 1 6, 2 1, 2 6, 3 1, 4 1, 5 1, 6 1, 7 1, 8 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3)
+                    call!(f32: 3 1, 4 1, 5 1, 6 1, 7 1, 8 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3)
                 }
                 _ => {
-                    call!(bf16: 1 1, 1 6, 2 1, 2 6, 3 1, 4 1, 5 1, 6 1, 7 1, 8 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3)
+                    call!(bf16: 3 1, 4 1, 5 1, 6 1, 7 1, 8 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3)
                 }
             }
         }
@@ -293,8 +327,77 @@ mod x86 {
 
     use super::{Ahead, GROUP, WIDTH};
 
+    /// Bytes between what is streamed and what is asked for.
+    const SOON: usize = 4096;
+
     macro_rules! kernel {
-        ($name:ident, $element:ty, $features:literal, $lanes:literal, $mask:ty, $load:expr, $product:expr) => {
+        ($name:ident, $stream:ident, $element:ty, $features:literal, $lanes:literal, $mask:ty, $load:expr, $product:expr) => {
+            /// `M` packed rows times `count` columns, `apart` elements from each other, one after the other; in
+            /// `CHAINS` sums each.
+            ///
+            /// # Safety
+            /// The instructions; `a` holds `M` rows in whole steps, every column `k` elements; `out` has `M` rows of
+            /// `count`, `GROUP` apart.
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn $stream<const M: usize, const CHAINS: usize>(
+                a: *const $element,
+                b: *const $element,
+                apart: usize,
+                k: usize,
+                (out, count): (*mut f32, usize),
+            ) {
+                let step = |b: *const $element, i: usize, mask: $mask, acc: &mut [__m512; M]| {
+                    let at = b.wrapping_add(i * $lanes);
+                    // SAFETY: masked to the column's end; a prefetch may point anywhere.
+                    let y = unsafe {
+                        _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(SOON));
+                        $load(mask, at)
+                    };
+                    for (m, acc) in acc.iter_mut().enumerate() {
+                        // SAFETY: step `i` of row `m`.
+                        let x = unsafe { $load(<$mask>::MAX, a.add((i * M + m) * $lanes)) };
+                        *acc = $product(*acc, x, y);
+                    }
+                };
+                let column = |b: *const $element| {
+                    let mut acc = [[_mm512_setzero_ps(); M]; CHAINS];
+                    let whole = k / $lanes;
+                    for i in 0..whole / CHAINS {
+                        for (j, acc) in acc.iter_mut().enumerate() {
+                            step(b, CHAINS * i + j, <$mask>::MAX, acc);
+                        }
+                    }
+                    for i in whole / CHAINS * CHAINS..whole {
+                        step(b, i, <$mask>::MAX, &mut acc[0]);
+                    }
+                    if k % $lanes > 0 {
+                        step(b, whole, <$mask>::MAX >> ($lanes - k % $lanes), &mut acc[CHAINS - 1]);
+                    }
+                    let mut sums = acc[0];
+                    for acc in &acc[1..] {
+                        sums.iter_mut()
+                            .zip(acc)
+                            .for_each(|(sum, x)| *sum = _mm512_add_ps(*sum, *x));
+                    }
+                    sums
+                };
+                for first in (0..count).step_by(4) {
+                    let left = (count - first).min(4);
+                    let mut sums = [[_mm512_setzero_ps(); M]; 4];
+                    for (j, sums) in sums.iter_mut().enumerate().take(left) {
+                        *sums = column(b.wrapping_add((first + j) * apart));
+                    }
+                    for m in 0..M {
+                        let four = four_sums([sums[0][m], sums[1][m], sums[2][m], sums[3][m]]);
+                        // SAFETY: masked to what is left of `count`.
+                        unsafe {
+                            let out = out.add(m * GROUP + first);
+                            _mm_mask_storeu_ps(out, (1 << left) - 1, four);
+                        }
+                    }
+                }
+            }
+
             /// `M` packed rows times `S` columns.
             ///
             /// # Safety
@@ -315,10 +418,7 @@ mod x86 {
                         _mm_prefetch::<_MM_HINT_T1>(
                             ahead.far.wrapping_add(ahead.stride * i + s * 64),
                         );
-                        // One row or two with long columns are multiplied faster than it is worth asking twice.
-                        if M > 2 || S == 1 {
-                            _mm_prefetch::<_MM_HINT_T0>(ahead.near[s].wrapping_add(64 * i));
-                        }
+                        _mm_prefetch::<_MM_HINT_T0>(ahead.near[s].wrapping_add(64 * i));
                         $load(mask, b[s].add(i * $lanes))
                     });
                     for (m, acc) in acc.iter_mut().enumerate() {
@@ -356,11 +456,11 @@ mod x86 {
     }
 
     kernel! {
-        f32, f32, "avx512f,avx512vl", 16, u16, |mask, p| _mm512_maskz_loadu_ps(mask, p),
+        f32, stream_f32, f32, "avx512f,avx512vl", 16, u16, |mask, p| _mm512_maskz_loadu_ps(mask, p),
         |acc, x, y| _mm512_fmadd_ps(x, y, acc)
     }
     kernel! {
-        bf16, i16, "avx512f,avx512vl,avx512bw,avx512bf16", 32, u32,
+        bf16, stream_bf16, i16, "avx512f,avx512vl,avx512bw,avx512bf16", 32, u32,
         |mask, p| _mm512_maskz_loadu_epi16(mask, p),
         |acc, x, y| _mm512_dpbf16_ps(acc, pair(x), pair(y))
     }
