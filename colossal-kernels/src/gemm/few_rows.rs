@@ -5,8 +5,8 @@
 //! memory is fastest in, a group of columns is asked into the second-level cache while the group before
 //! it is multiplied. Of what is asked into the first level the processor drops a part when too much is on
 //! its way there, be it from the second level: so `a` is cut along the depth into parts that stay in the
-//! first level while a group passes by, and only the next columns are asked for from there. Where two
-//! tiles have all rows, both meet the same columns in turn, which the second finds in the first level.
+//! first level while a group passes by, and only the next columns are asked for from there. Of up to
+//! 16 rows two tiles meet the same columns in turn, which the second finds in the first level.
 //! One row or two are no more than reading: under AVX-512 they take columns whole, in the order of addresses.
 
 #[cfg(target_arch = "x86_64")]
@@ -242,6 +242,8 @@ impl<T: Float> Group<'_, T> {
                 _ => call!(stream_bf16: 1 4, 2 2),
             }
         }
+        #[cfg(not(target_arch = "x86_64"))]
+        unreachable!("`fits` says no on this architecture");
     }
 
     /// Where step `at` of a column lies; of any number, to be asked for only.
