@@ -9,7 +9,6 @@
 //! 16 rows two tiles meet the same columns in turn, which the second finds in the first level.
 //! One row or two are no more than reading: under AVX-512 they take columns whole, in the order of addresses.
 
-#[cfg(target_arch = "x86_64")]
 mod avx2;
 
 use super::{Mat, Sink, with_workspace};
@@ -222,28 +221,23 @@ impl<T: Float> Group<'_, T> {
         assert!(packed.len() >= rows * b.rows.div_ceil(lanes::<T>()) * LANES);
         assert!(sums.len() >= (rows - 1) * GROUP + count);
         assert!(count > 0 && (first + count - 1) * b.col_stride + b.rows <= b.data.len());
-        #[cfg(target_arch = "x86_64")]
-        {
-            let (a, from) = (packed.as_ptr(), b.data[first * b.col_stride..].as_ptr());
-            let out = (sums.as_mut_ptr(), count);
-            macro_rules! call {
-                ($kernel:ident: $($m:literal $chains:literal),*) => {
-                    match rows {
-                        // SAFETY: `fits` was asked; rows, columns and sums are in bounds by the assertions.
-                        $($m => unsafe {
-                            x86::$kernel::<$m, $chains>(a.cast(), from.cast(), b.col_stride, b.rows, out)
-                        },)*
-                        _ => unreachable!("no kernel of {rows} rows"),
-                    }
-                };
-            }
-            match size_of::<T>() {
-                4 => call!(stream_f32: 1 4, 2 2),
-                _ => call!(stream_bf16: 1 4, 2 2),
-            }
+        let (a, from) = (packed.as_ptr(), b.data[first * b.col_stride..].as_ptr());
+        let out = (sums.as_mut_ptr(), count);
+        macro_rules! call {
+            ($kernel:ident: $($m:literal $chains:literal),*) => {
+                match rows {
+                    // SAFETY: `fits` was asked; rows, columns and sums are in bounds by the assertions.
+                    $($m => unsafe {
+                        x86::$kernel::<$m, $chains>(a.cast(), from.cast(), b.col_stride, b.rows, out)
+                    },)*
+                    _ => unreachable!("no kernel of {rows} rows"),
+                }
+            };
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        unreachable!("`fits` says no on this architecture");
+        match size_of::<T>() {
+            4 => call!(stream_f32: 1 4, 2 2),
+            _ => call!(stream_bf16: 1 4, 2 2),
+        }
     }
 
     /// Where step `at` of a column lies; of any number, to be asked for only.
@@ -270,60 +264,50 @@ impl<T: Float> Group<'_, T> {
         assert!(packed.len() == rows * steps.len() * LANES);
         assert!(count > 0 && count <= width && sums.len() >= (rows - 1) * GROUP + count);
         assert!((first + columns.end - 1) * b.col_stride + from + len <= b.data.len());
-        #[cfg(target_arch = "x86_64")]
-        {
-            // Beyond the end a column is read twice and stored once.
-            let column =
-                |j: usize| (first + columns.start + j.min(count - 1)) * b.col_stride + from;
-            let columns: [*const T; WIDTH] = std::array::from_fn(|j| b.data[column(j)..].as_ptr());
-            let a = packed.as_ptr();
-            let out = (sums.as_mut_ptr(), count, from > 0);
-            macro_rules! call {
-                ($kernel:ident: $($m:literal $s:literal),*) => {
-                    match (rows, width) {
-                        // SAFETY: `fits` was asked; packed holds `rows` rows of these steps,
-                        // columns lead to `len` elements each, sums have room for the tile.
-                        $(($m, $s) => unsafe {
-                            let columns = columns.map(<*const T>::cast);
-                            x86::$kernel::<$m, $s>(a.cast(), columns, len, ahead, out)
-                        },)*
-                        _ => unreachable!("no kernel of {rows} rows"),
-                    }
-                };
-            }
-            match size_of::<T>() {
-                _ if isa() == Isa::Avx2 => {
-                    let at = |j: usize| columns[j];
-                    macro_rules! tile {
-                        ($($m:literal $s:literal),*) => {
-                            match (rows, width) {
-                                // SAFETY: as below.
-                                $(($m, $s) => unsafe {
-                                    avx2::tile::<T, $m, $s>(a, std::array::from_fn(at), len, ahead, out)
-                                },)*
-                                _ => unreachable!("no kernel of {rows} rows"),
-                            }
-                        };
-                    }
-                    tile!(1 1, 1 3, 1 6, 2 1, 2 3, 2 6, 3 3, 4 3)
+        // Beyond the end a column is read twice and stored once.
+        let column = |j: usize| (first + columns.start + j.min(count - 1)) * b.col_stride + from;
+        let columns: [*const T; WIDTH] = std::array::from_fn(|j| b.data[column(j)..].as_ptr());
+        let a = packed.as_ptr();
+        let out = (sums.as_mut_ptr(), count, from > 0);
+        macro_rules! call {
+            ($kernel:ident: $($m:literal $s:literal),*) => {
+                match (rows, width) {
+                    // SAFETY: `fits` was asked; packed holds `rows` rows of these steps,
+                    // columns lead to `len` elements each, sums have room for the tile.
+                    $(($m, $s) => unsafe {
+                        let columns = columns.map(<*const T>::cast);
+                        x86::$kernel::<$m, $s>(a.cast(), columns, len, ahead, out)
+                    },)*
+                    _ => unreachable!("no kernel of {rows} rows"),
                 }
-                4 => {
-                    call!(f32: 3 1, 4 1, 5 1, 6 1, 7 1, 8 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3)
-                }
-                _ => {
-                    call!(bf16: 3 1, 4 1, 5 1, 6 1, 7 1, 8 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3)
-                }
-            }
+            };
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        {
-            let _ = ahead;
-            unreachable!("`fits` says no on this architecture");
+        match size_of::<T>() {
+            _ if isa() == Isa::Avx2 => {
+                let at = |j: usize| columns[j];
+                macro_rules! tile {
+                    ($($m:literal $s:literal),*) => {
+                        match (rows, width) {
+                            // SAFETY: as below.
+                            $(($m, $s) => unsafe {
+                                avx2::tile::<T, $m, $s>(a, std::array::from_fn(at), len, ahead, out)
+                            },)*
+                            _ => unreachable!("no kernel of {rows} rows"),
+                        }
+                    };
+                }
+                tile!(1 1, 1 3, 1 6, 2 1, 2 3, 2 6, 3 3, 4 3)
+            }
+            4 => {
+                call!(f32: 3 1, 4 1, 5 1, 6 1, 7 1, 8 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3)
+            }
+            _ => {
+                call!(bf16: 3 1, 4 1, 5 1, 6 1, 7 1, 8 1, 3 3, 4 3, 5 3, 6 3, 7 3, 8 3)
+            }
         }
     }
 }
 
-#[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
 

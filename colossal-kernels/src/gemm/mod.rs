@@ -8,6 +8,7 @@
 //! `few_rows`.
 
 mod epilogue;
+#[cfg(target_arch = "x86_64")]
 mod few_rows;
 mod grouped;
 pub(crate) mod micro;

@@ -1,7 +1,9 @@
 //! Few rows times a transposed matrix: both operands run along the depth, so nothing is packed
 //! and every weight is read once per four rows. This is what decoding does.
 
-use super::{Mat, Sink, few_rows};
+#[cfg(target_arch = "x86_64")]
+use super::few_rows;
+use super::{Mat, Sink};
 use crate::float::Float;
 use crate::isa::simd;
 use crate::threads::parallel_for;
@@ -21,6 +23,7 @@ pub(super) fn gemm<T: Float, O: Float, E: Float>(
     sink: &Sink<'_, O, E>,
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
+    #[cfg(target_arch = "x86_64")]
     if few_rows::fits::<T>() {
         return few_rows::gemm(a, b, sink);
     }
