@@ -24,7 +24,7 @@ const KEYS: usize = 112;
 /// less often, which pays where these are far; but longer sums of f32 round more, and registers of AVX-512
 /// gain nothing from them.
 fn block_of_queries(kernel: &Kernel) -> usize {
-    if kernel.nr == 32 && !kernel.pairs { 64 } else { 256 }
+    if kernel.nr == 32 && !kernel.pairs { 128 } else { 256 }
 }
 
 /// Floats of keys, values and their gradients up to which the caches hand them out fast enough unasked.

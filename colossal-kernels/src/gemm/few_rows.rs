@@ -7,7 +7,8 @@
 //! its way there, be it from the second level: so `a` is cut along the depth into parts that stay in the
 //! first level while a group passes by, and only the next columns are asked for from there. Of up to
 //! 16 rows two tiles meet the same columns in turn, which the second finds in the first level.
-//! One row or two are no more than reading: under AVX-512 they take columns whole, in the order of addresses.
+//! One row or two are no more than reading, nor are three or four whose `a` leaves room in the first
+//! level: under AVX-512 they take columns whole, in the order of addresses.
 
 mod avx2;
 
@@ -20,8 +21,8 @@ use crate::threads::{count, parallel_each};
 const ROWS: usize = 8;
 /// … and with AVX2, which has half of the registers.
 const ROWS_AVX2: usize = 4;
-/// Rows that AVX-512 multiplies by columns in the order of addresses: there is little to do beside reading.
-const STREAM: usize = 2;
+/// Vectors of `a` of three or four rows beside which the first-level cache has room for columns as they come.
+const STREAM: usize = 256;
 /// Columns of a tile at most.
 const WIDTH: usize = 6;
 /// Bytes of columns that threads take at a time, about.
@@ -102,6 +103,8 @@ struct Plan {
     width: usize,
     /// Columns that pass by a part, and whose results are stored together.
     group: usize,
+    /// Columns are taken whole, in the order of addresses: there is little to do beside reading.
+    whole: bool,
 }
 
 impl Plan {
@@ -123,7 +126,8 @@ impl Plan {
         // Parts of about the same size.
         let part = steps.div_ceil(steps.div_ceil(part));
         let group = (PASSING / apart).clamp(width, GROUP) / width * width;
-        Plan { m, each, tiles, near, part, width, group }
+        let whole = !avx2 && (m <= 2 || m <= 4 && m * steps <= STREAM);
+        Plan { m, each, tiles, near, part, width, group, whole }
     }
 }
 
@@ -174,10 +178,10 @@ impl<T: Float> Group<'_, T> {
     /// first level, a part of the depth after the other, in which a few columns meet all tiles before the next
     /// ones do.
     fn product(&self, packed: &[f32], plan: &Plan, sums: &mut [f32]) {
-        if plan.m <= STREAM && isa() != Isa::Avx2 {
+        if plan.whole {
             return self.stream(packed, plan.m, sums);
         }
-        let Plan { m, each, tiles, near, width, part, group } = *plan;
+        let Plan { m, each, tiles, near, width, part, group, .. } = *plan;
         let steps = self.b.rows.div_ceil(lanes::<T>());
         let apart = self.b.col_stride * size_of::<T>();
         // All tiles together ask for as much as they multiply.
@@ -215,7 +219,7 @@ impl<T: Float> Group<'_, T> {
         }
     }
 
-    /// The same of at most [`STREAM`] rows.
+    /// The same of at most four rows, by whole columns.
     fn stream(&self, packed: &[f32], rows: usize, sums: &mut [f32]) {
         let Group { b, first, count } = *self;
         assert!(packed.len() >= rows * b.rows.div_ceil(lanes::<T>()) * LANES);
@@ -235,8 +239,8 @@ impl<T: Float> Group<'_, T> {
             };
         }
         match size_of::<T>() {
-            4 => call!(stream_f32: 1 4, 2 2),
-            _ => call!(stream_bf16: 1 4, 2 2),
+            4 => call!(stream_f32: 1 4, 2 2, 3 2, 4 2),
+            _ => call!(stream_bf16: 1 4, 2 2, 3 2, 4 2),
         }
     }
 
