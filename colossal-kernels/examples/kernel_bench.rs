@@ -144,6 +144,36 @@ fn case<T: Float>(kernel: &str, sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
             let (mut out, mut lse) = (noise::<T>(row, 4), vec![0.0; batch * heads]);
             Box::new(move || flash_attention(&s, &q, &k, &v, &mut out, &mut lse))
         }
+        ("gelu_tanh" | "gelu_tanh_backward" | "swiglu" | "swiglu_backward", &[n]) => {
+            let (x, dy, up) = (noise::<T>(n, 1), noise::<T>(n, 2), noise::<T>(n, 3));
+            let (mut y, mut z) = (vec![T::zeroed(); n], vec![T::zeroed(); n]);
+            match kernel {
+                "gelu_tanh" => Box::new(move || gelu_tanh(&x, &mut y)),
+                "gelu_tanh_backward" => Box::new(move || gelu_tanh_backward(&dy, &x, &mut y)),
+                "swiglu" => Box::new(move || swiglu(&x, &up, &mut y)),
+                _ => Box::new(move || swiglu_backward(&dy, &x, &up, &mut y, &mut z)),
+            }
+        }
+        ("layer_norm" | "layer_norm_backward" | "rms_norm", &[rows, dim]) => {
+            let (x, dy) = (noise::<T>(rows * dim, 1), noise::<T>(rows * dim, 2));
+            let (w, b, mut y) = (noise::<T>(dim, 3), noise::<T>(dim, 4), noise::<T>(rows * dim, 5));
+            let (mut mean, mut rstd) = (vec![0.0; rows], vec![1.0; rows]);
+            let (mut dw, mut db) = (vec![0.0; dim], vec![0.0; dim]);
+            match kernel {
+                "layer_norm" => Box::new(move || {
+                    layer_norm(&x, &w, &b, 1e-5, &mut y, &mut mean, &mut rstd);
+                }),
+                "rms_norm" => Box::new(move || rms_norm(&x, &w, 1e-5, &mut y, &mut rstd)),
+                _ => Box::new(move || {
+                    let (dw, db) = (&mut dw, &mut db);
+                    layer_norm_backward(&dy, &x, &w, &mean, &rstd, &mut y, dw, db);
+                }),
+            }
+        }
+        ("sum_rows", &[rows, dim]) => {
+            let (x, mut sums) = (noise::<T>(rows * dim, 1), vec![0.0; dim]);
+            Box::new(move || sum_rows(&x, dim, &mut sums))
+        }
         ("cross_entropy", &[rows, vocab]) => {
             let mut logits = noise::<T>(rows * vocab, 1);
             let targets: Vec<i32> = (0..rows).map(|r| (r * 37 % vocab) as i32).collect();

@@ -1,5 +1,6 @@
 //! Activations and their gradients.
 
+use crate::cast::rounded;
 use crate::elementwise::check;
 use crate::float::Float;
 use crate::isa::simd;
@@ -18,13 +19,13 @@ macro_rules! activation {
         pub fn $name<T: Float>(x: &[T], y: &mut [T]) {
             let _span = profile::moves::<T>(stringify!($name), x.len(), 2);
             check(stringify!($name), x.len(), y.len());
-            simd! { fn piece<T: Float>(x: &[T], y: &mut [T]) {
+            simd! { fn piece<T: Float>(x: &[T], y: &mut [f32]) {
                 for (y, x) in y.iter_mut().zip(x) {
                     let $x = x.to_f32();
-                    *y = T::from_f32($f);
+                    *y = $f;
                 }
             } }
-            rows(x, 1, y, 1, |_, x, y| piece(x, y));
+            rows(x, 1, y, 1, |_, x, y| rounded([y], |r, [y]| piece(&x[r], y)));
         }
 
         #[doc = concat!("`dx = dy * f'(x)` for [`", stringify!($name), "`].")]
@@ -32,21 +33,24 @@ macro_rules! activation {
             let _span = profile::moves::<T>(stringify!($backward), x.len(), 3);
             check(stringify!($backward), dy.len(), x.len());
             check(stringify!($backward), dy.len(), dx.len());
-            simd! { fn piece<T: Float>(dy: &[T], x: &[T], dx: &mut [T]) {
+            simd! { fn piece<T: Float>(dy: &[T], x: &[T], dx: &mut [f32]) {
                 for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
                     let $x = x.to_f32();
-                    *dx = T::from_f32(dy.to_f32() * $slope);
+                    *dx = dy.to_f32() * $slope;
                 }
             } }
-            rows(dy, 1, dx, 1, |at, dy, dx| piece(dy, &x[at..at + dy.len()], dx));
+            rows(dy, 1, dx, 1, |at, dy, dx| {
+                let x = &x[at..at + dy.len()];
+                rounded([dx], |r, [dx]| piece(&dy[r.clone()], &x[r], dx));
+            });
         }
     };
 }
 
 activation! {
     /// `x * sigmoid(x)`.
-    silu, silu_backward, |x| x * sigmoid(x), {
-        let s = sigmoid(x);
+    silu, silu_backward, |x| x * sigmoid::<T>(x), {
+        let s = sigmoid::<T>(x);
         s * (1.0 + x * (1.0 - s))
     }
 }
@@ -63,9 +67,9 @@ activation! {
 }
 activation! {
     /// GELU by tanh: `0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x³)))`.
-    gelu_tanh, gelu_tanh_backward, |x| gelu_by_tanh(x), {
+    gelu_tanh, gelu_tanh_backward, |x| gelu_by_tanh::<T>(x), {
         let square = x * x;
-        let s = sigmoid(x * square.mul_add(TWICE_U3, TWICE_U1));
+        let s = sigmoid::<T>(x * square.mul_add(TWICE_U3, TWICE_U1));
         let slope = square.mul_add(3.0 * TWICE_U3, TWICE_U1);
         (x * slope).mul_add(s.mul_add(-s, s), s)
     }
@@ -73,8 +77,8 @@ activation! {
 
 /// `0.5 x (1 + tanh u)` is `x sigmoid(2 u)`.
 #[inline(always)]
-pub(crate) fn gelu_by_tanh(x: f32) -> f32 {
-    x * sigmoid(x * (x * x).mul_add(TWICE_U3, TWICE_U1))
+pub(crate) fn gelu_by_tanh<T: Float>(x: f32) -> f32 {
+    x * sigmoid::<T>(x * (x * x).mul_add(TWICE_U3, TWICE_U1))
 }
 
 /// `y = silu(gate) * up`.
@@ -82,13 +86,16 @@ pub fn swiglu<T: Float>(gate: &[T], up: &[T], y: &mut [T]) {
     let _span = profile::moves::<T>("swiglu", gate.len(), 3);
     check("swiglu", gate.len(), up.len());
     check("swiglu", gate.len(), y.len());
-    simd! { fn piece<T: Float>(gate: &[T], up: &[T], y: &mut [T]) {
+    simd! { fn piece<T: Float>(gate: &[T], up: &[T], y: &mut [f32]) {
         for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
             let g = g.to_f32();
-            *y = T::from_f32(g * sigmoid(g) * u.to_f32());
+            *y = g * sigmoid::<T>(g) * u.to_f32();
         }
     } }
-    rows(gate, 1, y, 1, |at, gate, y| piece(gate, &up[at..at + gate.len()], y));
+    rows(gate, 1, y, 1, |at, gate, y| {
+        let up = &up[at..at + gate.len()];
+        rounded([y], |r, [y]| piece(&gate[r.clone()], &up[r], y));
+    });
 }
 
 /// Gradients of [`swiglu`] with respect to both operands.
@@ -97,18 +104,21 @@ pub fn swiglu_backward<T: Float>(dy: &[T], gate: &[T], up: &[T], dgate: &mut [T]
     for len in [gate.len(), up.len(), dgate.len(), dup.len()] {
         check("swiglu_backward", dy.len(), len);
     }
-    simd! { fn piece<T: Float>(dy: &[T], gate: &[T], up: &[T], dgate: &mut [T], dup: &mut [T]) {
+    simd! { fn piece<T: Float>(dy: &[T], gate: &[T], up: &[T], dgate: &mut [f32], dup: &mut [f32]) {
         for i in 0..dy.len().min(gate.len()).min(up.len()).min(dgate.len()).min(dup.len()) {
             let (dy, g, u) = (dy[i].to_f32(), gate[i].to_f32(), up[i].to_f32());
-            let s = sigmoid(g);
-            dgate[i] = T::from_f32(dy * u * s * (1.0 + g * (1.0 - s)));
-            dup[i] = T::from_f32(dy * g * s);
+            let s = sigmoid::<T>(g);
+            dgate[i] = dy * u * s * (1.0 + g * (1.0 - s));
+            dup[i] = dy * g * s;
         }
     } }
     let (dgate, dup) = (Parts::new(dgate), Parts::new(dup));
     parallel_for(dy.len(), 8192, |r| {
+        let [dy, gate, up] = [dy, gate, up].map(|x| &x[r.clone()]);
         // SAFETY: ranges of different pieces are disjoint.
-        let (dg, du) = unsafe { (dgate.range(r.clone()), dup.range(r.clone())) };
-        piece(&dy[r.clone()], &gate[r.clone()], &up[r], dg, du);
+        let to = unsafe { [dgate.range(r.clone()), dup.range(r)] };
+        rounded(to, |r, [dgate, dup]| {
+            piece(&dy[r.clone()], &gate[r.clone()], &up[r], dgate, dup);
+        });
     });
 }

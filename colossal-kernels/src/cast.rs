@@ -1,5 +1,8 @@
 //! Between float types.
 
+use std::ops::Range;
+
+#[cfg(target_arch = "x86_64")]
 use half::bf16;
 
 use crate::elementwise::check;
@@ -17,25 +20,69 @@ pub fn cast<A: Float, B: Float>(x: &[A], y: &mut [B]) {
         bytes: (x.len() * (size_of::<A>() + size_of::<B>())) as u64,
     });
     check("cast", x.len(), y.len());
-    simd! { fn piece<A: Float, B: Float>(x: &[A], y: &mut [B]) {
+    simd! { fn widen<T: Float>(x: &[T], y: &mut [f32]) {
         for (y, x) in y.iter_mut().zip(x) {
-            *y = B::from_f32(x.to_f32());
+            *y = x.to_f32();
         }
     } }
-    rows(x, 1, y, 1, |_, x, y| piece(x, y));
+    rows(x, 1, y, 1, |_, x, y| rounded([y], |r, [y]| widen(&x[r], y)));
 }
 
-/// `y = x` rounded to bf16, on this thread: between the products of a kernel.
-pub(crate) fn round(x: &[f32], y: &mut [bf16]) {
+/// Has `f` write ranges of all `y` in f32, and rounds them, on this thread: in pieces that stay in the
+/// first-level cache.
+#[inline(always)]
+pub(crate) fn rounded<const N: usize, T: Float>(
+    mut y: [&mut [T]; N],
+    f: impl Fn(Range<usize>, [&mut [f32]; N]),
+) {
+    let len = y.iter().map(|y| y.len()).min().unwrap_or(0);
+    if T::NAME == "f32" {
+        return f(0..len, y.map(|y| bytemuck::cast_slice_mut(&mut y[..len])));
+    }
+    let mut pieces = [[0.0; PIECE]; N];
+    for at in (0..len).step_by(PIECE) {
+        let n = PIECE.min(len - at);
+        y.iter().for_each(|y| soon(y, at + n..at + 2 * n));
+        f(at..at + n, pieces.each_mut().map(|piece| &mut piece[..n]));
+        for (piece, y) in pieces.iter().zip(&mut y) {
+            round(&piece[..n], &mut y[at..at + n]);
+        }
+    }
+}
+
+/// These elements, or what lies there beyond the end, are written soon.
+#[inline(always)]
+fn soon<T>(y: &[T], range: Range<usize>) {
+    for at in range.step_by(64 / size_of::<T>()) {
+        let line = y.as_ptr().wrapping_add(at).cast::<i8>();
+        // SAFETY: a prefetch may point anywhere.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_ET0>(line);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
+    }
+}
+
+/// Elements of a piece.
+const PIECE: usize = 256;
+
+/// `y = x` rounded, on this thread: between the products of a kernel.
+pub(crate) fn round<T: Float>(x: &[f32], y: &mut [T]) {
     assert_eq!(x.len(), y.len());
     #[cfg(target_arch = "x86_64")]
-    if isa() == Isa::Avx512Bf16 {
+    if T::NAME == "bf16" && isa() == Isa::Avx512Bf16 {
         // SAFETY: isa() has found these instructions; both are equally long.
-        return unsafe { x86(x, y) };
+        return unsafe { x86(x, bytemuck::cast_slice_mut(y)) };
     }
-    for (y, x) in y.iter_mut().zip(x) {
-        *y = <bf16 as Float>::from_f32(*x);
-    }
+    simd! { fn plain<T: Float>(x: &[f32], y: &mut [T]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = T::from_f32(*x);
+        }
+    } }
+    plain(x, y);
 }
 
 /// # Safety

@@ -39,10 +39,19 @@ pub fn sum_rows<T: Float>(x: &[T], dim: usize, out: &mut [f32]) {
     }
     assert_eq!(x.len() % dim, 0, "sum_rows: {} elements are no rows of {dim}", x.len());
     simd! { fn piece<T: Float>(x: &[T], dim: usize, first: usize, out: &mut [f32]) {
-        for row in x.chunks_exact(dim) {
-            for (o, x) in out.iter_mut().zip(&row[first..]) {
-                *o += x.to_f32();
+        let n = out.len();
+        let at = |r: usize| &x[r * dim + first..][..n];
+        let rows = x.len() / dim;
+        let whole = rows / 4 * 4;
+        for r in (0..whole).step_by(4) {
+            let [a, b, c, d] = [at(r), at(r + 1), at(r + 2), at(r + 3)];
+            for i in 0..n {
+                let [ab, cd] = [a[i].to_f32() + b[i].to_f32(), c[i].to_f32() + d[i].to_f32()];
+                out[i] += ab + cd;
             }
+        }
+        for r in whole..rows {
+            out.iter_mut().zip(at(r)).for_each(|(o, x)| *o += x.to_f32());
         }
     } }
     let parts = Parts::new(out);

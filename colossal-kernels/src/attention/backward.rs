@@ -5,7 +5,6 @@ use std::f32::consts::LOG2_E;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
 
-use super::exp2::exp2;
 use super::forward::halves;
 use super::narrow::{pair_up, store};
 use super::{AttentionShape, Operands, Soon, take};
@@ -13,7 +12,7 @@ use crate::float::Float;
 use crate::gemm::micro::Kernel;
 use crate::gemm::with_workspace;
 use crate::isa::simd;
-use crate::math::exp;
+use crate::math::{exp, exp2};
 use crate::profile;
 use crate::threads::{Parts, parallel_each};
 

@@ -3,14 +3,16 @@
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
+use half::bf16;
+
 use super::decode::one_query;
-use super::exp2::{exp2, log_sum_exp};
 use super::narrow::store;
 use super::{AttentionShape, FEW, Operands, Soon, take};
 use crate::cast::round;
 use crate::float::Float;
 use crate::gemm::with_workspace;
 use crate::isa::simd;
+use crate::math::{exp2, log_sum_exp};
 use crate::profile;
 use crate::threads::{Parts, count, parallel_each, parallel_for};
 
@@ -202,7 +204,7 @@ fn packed<'o, T: Float>(
                         let (p, wide) = match o.kernel.pairs {
                             true => {
                                 let p = &mut p[..in_tile * width / 2];
-                                round(scores, bytemuck::cast_slice_mut(p));
+                                round::<bf16>(scores, bytemuck::cast_slice_mut(p));
                                 (&*p, width / 2)
                             }
                             false => (&*scores, width),

@@ -11,7 +11,6 @@
 
 mod backward;
 mod decode;
-mod exp2;
 mod forward;
 mod narrow;
 mod paged;

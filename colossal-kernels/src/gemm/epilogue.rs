@@ -335,14 +335,12 @@ fn finish<E: Float>(e: &Epilogue<'_, E>, row: usize, col: usize, x: &[f32], y: &
     match e.activation {
         Activation::None => {}
         Activation::Relu => each(y, |x| x.max(0.0)),
-        Activation::Silu => each(y, |x| x * sigmoid(x)),
+        Activation::Silu => each(y, |x| x * sigmoid::<f32>(x)),
         Activation::Gelu => each(y, |x| 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))),
-        Activation::GeluTanh => {
-            each(y, gelu_by_tanh);
-        }
+        Activation::GeluTanh => each(y, gelu_by_tanh::<f32>),
     }
     if let Some(gate) = part(&e.gate, row, col, x.len()) {
-        y.iter_mut().zip(gate).for_each(|(y, g)| *y *= g.to_f32() * sigmoid(g.to_f32()));
+        y.iter_mut().zip(gate).for_each(|(y, g)| *y *= g.to_f32() * sigmoid::<f32>(g.to_f32()));
     }
     if let Some(residual) = part(&e.residual, row, col, x.len()) {
         y.iter_mut().zip(residual).for_each(|(y, r)| *y += r.to_f32());
