@@ -46,6 +46,7 @@ pub(super) fn pass<T: Float, O: Float, E: Float>(
     }
 }
 
+/// Of columns so few that what is packed of them stays in the last-level cache.
 fn pass_near<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O, E>) {
     match grid(a.rows, b.cols) {
         Some(grid) => apart(a, b, sink, grid),
