@@ -20,12 +20,13 @@ pub fn cast<A: Float, B: Float>(x: &[A], y: &mut [B]) {
         bytes: (x.len() * (size_of::<A>() + size_of::<B>())) as u64,
     });
     check("cast", x.len(), y.len());
-    simd! { fn widen<T: Float>(x: &[T], y: &mut [f32]) {
+    // What lies below the smallest normal number stays, which the instruction of `round` would make zero.
+    simd! { fn piece<A: Float, B: Float>(x: &[A], y: &mut [B]) {
         for (y, x) in y.iter_mut().zip(x) {
-            *y = x.to_f32();
+            *y = B::from_f32(x.to_f32());
         }
     } }
-    rows(x, 1, y, 1, |_, x, y| rounded([y], |r, [y]| widen(&x[r], y)));
+    rows(x, 1, y, 1, |_, x, y| piece(x, y));
 }
 
 /// Has `f` write ranges of all `y` in f32, and rounds them, on this thread: in pieces that stay in the
@@ -69,7 +70,8 @@ fn soon<T>(y: &[T], range: Range<usize>) {
 /// Elements of a piece.
 const PIECE: usize = 256;
 
-/// `y = x` rounded, on this thread: between the products of a kernel.
+/// `y = x` rounded, on this thread: between the products of a kernel, or its result. AVX-512 BF16 makes zero of
+/// what is smaller than any normal number, 1.2e-38.
 pub(crate) fn round<T: Float>(x: &[f32], y: &mut [T]) {
     assert_eq!(x.len(), y.len());
     #[cfg(target_arch = "x86_64")]

@@ -292,7 +292,7 @@ impl<T: Float> Group<'_, T> {
                 macro_rules! tile {
                     ($($m:literal $s:literal),*) => {
                         match (rows, width) {
-                            // SAFETY: as below.
+                            // SAFETY: as of `call`.
                             $(($m, $s) => unsafe {
                                 avx2::tile::<T, $m, $s>(a, std::array::from_fn(at), len, ahead, out)
                             },)*

@@ -63,3 +63,23 @@ fn elementwise_reductions_and_casts() {
         assert_eq!(max(&x), largest, "{place}");
     });
 }
+
+/// Down to the smallest numbers there are: a checkpoint must survive the way through f32.
+#[test]
+fn every_number_survives_a_cast_to_f32_and_back() {
+    fn through_f32<T: Float + PartialEq>(all: &[T], place: &str) {
+        let (mut wide, mut back) = (vec![0.0f32; all.len()], vec![T::zeroed(); all.len()]);
+        cast(all, &mut wide);
+        cast(&wide, &mut back);
+        for (x, y) in all.iter().zip(&back) {
+            assert!(bytemuck::bytes_of(x) == bytemuck::bytes_of(y), "{x:?} became {y:?}, {place}");
+        }
+    }
+    let all = || 0..=u16::MAX;
+    let bf16: Vec<bf16> = all().map(bf16::from_bits).filter(|x| !x.is_nan()).collect();
+    let f16: Vec<f16> = all().map(f16::from_bits).filter(|x| !x.is_nan()).collect();
+    everywhere(|place| {
+        through_f32(&bf16, place);
+        through_f32(&f16, place);
+    });
+}
