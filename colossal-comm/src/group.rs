@@ -96,7 +96,7 @@ impl Group {
     }
 
     pub(crate) fn of(rank: usize, ranks: usize, [engine, flight]: Engines) -> Group {
-        let flight = Stream::new(rank, flight);
+        let flight = Stream::new(rank, ranks, flight);
         Group(Arc::new(Member { rank, ranks, engine, flight, counting: Counting::default() }))
     }
 

@@ -1,7 +1,7 @@
 //! Collectives and messages in flight: they own their buffers.
 //!
 //! Each rank of a group has one thread, started by its first collective in flight, that runs what
-//! was started in order. It has its own rendezvous, so what is in flight and what is called
+//! was started in order; alone in its group it waits for nobody, and runs it at once. It has its own rendezvous, so what is in flight and what is called
 //! blocking never wait for each other. Messages need no thread: a post lies at its peer until the
 //! peer posts too. A leaked [`Pending`] leaks its buffer and nothing else; one that is dropped
 //! goes on, and its buffer is dropped after it.
@@ -129,13 +129,14 @@ type Job = Box<dyn FnOnce(&dyn Engine) + Send>;
 #[derive(Debug)]
 pub(crate) struct Stream {
     rank: usize,
+    alone: bool,
     engine: Arc<dyn Engine>,
     jobs: OnceLock<Sender<Job>>,
 }
 
 impl Stream {
-    pub(crate) fn new(rank: usize, engine: Arc<dyn Engine>) -> Stream {
-        Stream { rank, engine, jobs: OnceLock::new() }
+    pub(crate) fn new(rank: usize, size: usize, engine: Arc<dyn Engine>) -> Stream {
+        Stream { rank, alone: size == 1, engine, jobs: OnceLock::new() }
     }
 
     pub(crate) fn engine(&self) -> &dyn Engine {
@@ -151,8 +152,12 @@ impl Stream {
             // Nobody waits any more: the buffer is dropped here.
             let _ = send.send(work(engine));
         });
-        // The thread ends when this sender is dropped, after all jobs.
-        let _ = self.jobs.get_or_init(|| self.spawn()).send(job);
+        if self.alone {
+            job(&*self.engine);
+        } else {
+            // The thread ends when this sender is dropped, after all jobs.
+            let _ = self.jobs.get_or_init(|| self.spawn()).send(job);
+        }
         Pending(Kind::Collective(receive))
     }
 
@@ -175,6 +180,21 @@ impl Drop for Stream {
         // A thread that runs says itself when it is done; one that never ran cannot.
         if self.jobs.get().is_none() {
             self.engine.leave();
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use crate::{Group, ReduceOp};
+
+    #[test]
+    fn a_rank_that_is_alone_is_done_when_it_has_started() {
+        let group = Group::solo();
+        for value in 0..100 {
+            let pending = group.all_reduce_start::<f32, _>(vec![value as f32; 3], ReduceOp::Sum);
+            assert!(pending.is_done());
+            assert_eq!(pending.wait().unwrap(), [value as f32; 3]);
         }
     }
 }

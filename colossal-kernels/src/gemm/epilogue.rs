@@ -80,6 +80,19 @@ impl<T> Epilogue<'_, T> {
     }
 }
 
+/// Asks for a line, which may be anywhere.
+#[inline(always)]
+fn fetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch may point anywhere.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// Part of a row of an operand of the epilogue.
 #[inline(always)]
 fn part<'a, T>(x: &Option<Mat<'a, T>>, row: usize, col: usize, len: usize) -> Option<&'a [T]> {
@@ -112,6 +125,18 @@ impl<'a, O: Float, E: Float> Sink<'a, O, E> {
             data: self.data.part(at..self.data.len()),
             epilogue: Epilogue { bias, gate, residual, ..self.epilogue },
             ..*self
+        }
+    }
+
+    /// Asks for what the epilogue reads for a tile, before it does: gate and residual lie in memory.
+    #[inline(always)]
+    pub(super) fn ask(&self, [row, col]: [usize; 2], [rows, cols]: [usize; 2]) {
+        for x in [&self.epilogue.gate, &self.epilogue.residual].into_iter().flatten() {
+            for i in row..(row + rows).min(x.rows) {
+                let at = x.data.as_ptr().wrapping_add(i * x.row_stride + col);
+                fetch(at);
+                fetch(at.wrapping_add(cols - 1));
+            }
         }
     }
 

@@ -11,8 +11,8 @@ use crate::isa::{Isa, isa};
 /// The largest tile of any kernel.
 pub(super) const TILE: usize = 14 * 32;
 
-/// A micro-kernel. It reads `b` from a panel, one step of depth after the other, and up to `MR`
-/// rows of `a` at any stride: a panel, a row-major or a column-major matrix.
+/// A micro-kernel. It reads a run of `b` for each step of depth, from a panel or, if it can, where the matrix
+/// has them, and up to `MR` rows of `a` at any stride: a panel, a row-major or a column-major matrix.
 ///
 /// A step of depth is one f32, or a pair of bf16 in the room of one.
 #[derive(Clone, Copy)]
@@ -25,6 +25,8 @@ pub(crate) struct Kernel {
     pub(crate) pairs: bool,
     /// Rows of `a` are read as fast where they lie as from a panel.
     pub(crate) in_place: bool,
+    /// Steps of `b` may lie apart: a first-level cache takes few of them, so that none is missed there.
+    pub(super) columns_in_place: bool,
     /// Steps of depth of one pass; longer products are added up in f32.
     pub(super) depth: usize,
     /// Floats of rows that should stay in the second-level cache.
@@ -37,8 +39,11 @@ pub(crate) struct Kernel {
     narrow: &'static [Run],
 }
 
-/// `(steps, a, strides of a by row and by step, panel of b, where to, what to fetch meanwhile)`
-type Run = unsafe fn(usize, *const f32, [usize; 2], *const f32, Out, Ahead);
+/// `(steps, a, b, strides, where to, what to fetch meanwhile)`
+type Run = unsafe fn(usize, *const f32, *const f32, Strides, Out, Ahead);
+
+/// Floats from row to row of `a`, from step to step of `a`, and from step to step of `b`.
+pub(super) type Strides = [usize; 3];
 
 /// Where a tile goes, and what is added to it on the way.
 #[derive(Clone, Copy)]
@@ -114,9 +119,10 @@ impl Kernel {
             nr: 16,
             pairs: false,
             in_place: true,
+            columns_in_place: false,
             depth: 2048,
             room: 112 << 10,
-            columns: 8 << 20,
+            columns: 2 << 20,
             run: &PORTABLE_4X16,
             narrow: &[],
         };
@@ -128,7 +134,8 @@ impl Kernel {
             }
             Isa::Avx512 | Isa::Avx512Bf16 => {
                 let run = &x86::F32_14X32;
-                return Kernel { mr: 14, nr: 32, run, ..plain };
+                let columns_in_place = true;
+                return Kernel { mr: 14, nr: 32, columns_in_place, depth: 1024, run, ..plain };
             }
             Isa::Avx2 => {
                 // Second-level caches of 512 KiB or less, and last-level ones of a few MiB.
@@ -185,7 +192,7 @@ impl Kernel {
         // SAFETY: the tile is in bounds by the assertion.
         unsafe {
             let out = Out::new(c.as_mut_ptr(), stride, add);
-            self.tile_at(rows, steps, a, strides, b, out, next);
+            self.tile_at(rows, steps, a, b, [strides[0], strides[1], self.nr], out, next);
         }
     }
 
@@ -200,21 +207,23 @@ impl Kernel {
         rows: usize,
         steps: usize,
         a: &[f32],
-        strides: [usize; 2],
         b: &[f32],
+        strides: Strides,
         out: Out,
         next: Ahead,
     ) {
         let run = if out.narrow { self.narrow } else { self.run };
-        let [row, step] = strides;
+        let [row, step, run_b] = strides;
         assert!(row == 1 || step == 1, "gemm: rows of a tile or its steps are neighbours");
+        assert!(run_b == self.nr || self.columns_in_place, "gemm: this kernel reads panels of b");
         assert!(
             steps == 0
-                || (a.len() > (rows - 1) * row + (steps - 1) * step && b.len() >= steps * self.nr)
+                || (a.len() > (rows - 1) * row + (steps - 1) * step
+                    && b.len() >= (steps - 1) * run_b + self.nr)
         );
         // SAFETY: `of` picked a kernel of this machine's instructions; a and b are in bounds by
         // the assertion, the rest by contract.
-        unsafe { (run[rows - 1])(steps, a.as_ptr(), strides, b.as_ptr(), out, next) }
+        unsafe { (run[rows - 1])(steps, a.as_ptr(), b.as_ptr(), strides, out, next) }
     }
 }
 
@@ -223,19 +232,19 @@ static PORTABLE_4X16: [Run; 4] = [portable::<1>, portable::<2>, portable::<3>, p
 /// Plain code: rows of sixteen.
 ///
 /// # Safety
-/// `a` has `R` rows of `steps` steps at these strides, `b` holds `16 steps` floats, `out` `R` rows of 16 f32.
+/// `a` has `R` rows of `steps` steps at these strides, `b` runs of 16 floats, `out` `R` rows of 16 f32.
 unsafe fn portable<const R: usize>(
     steps: usize,
     a: *const f32,
-    [row, step]: [usize; 2],
     b: *const f32,
+    [row, step, run]: Strides,
     out: Out,
     _next: Ahead,
 ) {
     let mut acc = [[0.0f32; 16]; R];
     for k in 0..steps {
         // SAFETY: by contract.
-        let b = unsafe { std::slice::from_raw_parts(b.add(16 * k), 16) };
+        let b = unsafe { std::slice::from_raw_parts(b.add(run * k), 16) };
         for (i, acc) in acc.iter_mut().enumerate() {
             // SAFETY: by contract.
             let a = unsafe { *a.add(i * row + k * step) };
@@ -258,7 +267,7 @@ unsafe fn portable<const R: usize>(
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Ahead, Out, Run};
+    use super::{Ahead, Out, Run, Strides};
     use std::arch::x86_64::*;
 
     /// A kernel of two vectors a row. `$product(acc, a, b)` adds a product to a sum; `$store(c, x, y)`
@@ -271,18 +280,18 @@ mod x86 {
             $(#[$doc])*
             ///
             /// # Safety
-            /// The instructions; `a` has `R` rows of `steps` steps at these strides, `b` is a panel
-            /// of `steps` steps, `out` leads to `R` rows of these items.
+            /// The instructions; `a` has `R` rows of `steps` steps at these strides, `b` as many runs of two
+            /// vectors, `out` leads to `R` rows of these items.
             #[target_feature(enable = $features)]
             unsafe fn $name<const R: usize>(
                 steps: usize,
                 a: *const f32,
-                [row, step]: [usize; 2],
                 b: *const f32,
+                [row, step, run]: Strides,
                 out: Out,
                 next: Ahead,
             ) {
-                const AHEAD: usize = 32;
+                const AHEAD: usize = 16;
                 let c = out.at.cast::<$item>();
                 for i in 0..R {
                     _mm_prefetch::<_MM_HINT_ET0>(c.wrapping_add(i * out.stride).cast());
@@ -292,9 +301,10 @@ mod x86 {
                 for k in 0..steps {
                     // SAFETY: by contract; a prefetch may point anywhere.
                     unsafe {
-                        let b = b.add(2 * $lanes * k);
-                        _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(2 * $lanes * AHEAD).cast());
-                        _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(2 * $lanes * AHEAD + 16).cast());
+                        let b = b.add(run * k);
+                        let soon = b.wrapping_add(run * AHEAD);
+                        _mm_prefetch::<_MM_HINT_T0>(soon.cast());
+                        _mm_prefetch::<_MM_HINT_T0>(soon.wrapping_add($lanes).cast());
                         let (b0, b1) = ($load(b), $load(b.add($lanes)));
                         let line = (k % 16) * next.near + (k / 16) * next.far;
                         _mm_prefetch::<_MM_HINT_T1>(next.at.wrapping_add(line).cast());

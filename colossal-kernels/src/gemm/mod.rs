@@ -2,8 +2,9 @@
 //! `c += …`), for any strides.
 //!
 //! The shape of it (Goto & van de Geijn, 2008): both operands are packed into panels that the
-//! micro-kernel reads in order, `MR` rows of `a` against `NR` columns of `b`: see `packed`. The tile is
-//! kept in registers over the whole depth and passes through the epilogue once, on its way out.
+//! micro-kernel reads in order, `MR` rows of `a` against `NR` columns of `b`, unless it can read them where they
+//! lie: see `packed`. The tile is kept in registers over the whole depth and passes through the epilogue once,
+//! on its way out.
 //! Few rows against a transposed `b` (decoding, small batches) go without packing: see `skinny`,
 //! `few_rows`.
 

@@ -31,6 +31,27 @@ pub(super) fn in_place<'a, T: Float>(kernel: &Kernel, a: &Mat<'a, T>) -> Option<
     Some(Mat { data, rows: a.rows, cols: a.cols / each, row_stride: stride, col_stride: 1 })
 }
 
+/// The columns of `b`, which are the rows of `x`, if the kernel can read them where they lie: whole panels of whole
+/// lines, of which the second-level cache keeps one while it is read.
+pub(super) fn columns_in_place<'a, T: Float>(kernel: &Kernel, x: &Mat<'a, T>) -> Option<&'a [f32]> {
+    let stride = x.col_stride;
+    if !kernel.columns_in_place || T::NAME != "f32" || x.row_stride != 1 {
+        return None;
+    }
+    let whole = x.rows.is_multiple_of(kernel.nr) && stride.is_multiple_of(LINE);
+    if !whole || !x.data.as_ptr().addr().is_multiple_of(size_of::<[f32; LINE]>()) {
+        return None;
+    }
+    // Steps so far apart as a power of two crowd into few sets: they may take half of the lines of each.
+    let sets = SETS >> (stride / LINE).trailing_zeros().min(SETS.ilog2());
+    (x.cols <= WAYS / 2 * sets).then(|| bytemuck::cast_slice(x.data))
+}
+
+/// Sets of a second-level cache of 1 MiB …
+const SETS: usize = 1024;
+/// … and the lines of each.
+const WAYS: usize = 16;
+
 /// Packs rows of `a` from `first` on as panels of `width` rows that start `apart` floats from each
 /// other, as many as `out` holds, in the kernel's format; zeros beyond the last row.
 pub(super) fn panels<T: Float>(
@@ -230,8 +251,8 @@ mod transpose {
     unsafe fn words(data: *const u8, shape: [usize; 3], width: usize, out: *mut f32) {
         use std::arch::x86_64::*;
         let [rows, depth, stride] = shape;
-        for first in (0..width).step_by(16) {
-            for k in (0..depth).step_by(16) {
+        for k in (0..depth).step_by(16) {
+            for first in (0..width).step_by(16) {
                 let steps = (depth - k).min(16);
                 let loaded = (u32::MAX >> (32 - steps)) as u16;
                 let mut r = [_mm512_setzero_ps(); 16];

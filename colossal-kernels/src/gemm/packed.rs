@@ -1,11 +1,10 @@
 //! A product of bounded depth from packed panels.
 //!
-//! A large product is cut into a cell a thread, whose columns of `b` that thread packs for itself, and from
-//! whose items of work others take when they are done with their own; threads share the panels of smaller
-//! products. First rows of `a` meet each panel of `b` while it is fresh. Then a group of rows, small enough
-//! for the second-level cache, meets all columns; the thread that uses it packs it, unless the kernel can
-//! read it where it lies. What is packed next is fetched from memory by the kernels that run before, so
-//! that packing costs little more than its instructions.
+//! It is cut into a cell a thread, whose columns of `b` that thread packs for itself, and from whose items of
+//! work others take when they are done with their own. First rows of `a` meet each panel of `b` while it is
+//! fresh. Then a group of rows, small enough for the second-level cache, meets all columns; the thread that
+//! uses it packs it. Either is read where it lies if the kernel can. What is packed or read next is fetched from
+//! memory by the kernels that run before, so that packing costs little more than its instructions.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
@@ -14,17 +13,14 @@ use super::epilogue::Sink;
 use super::micro::{Ahead, Kernel, Out, TILE};
 use super::{Mat, pack, with_workspace};
 use crate::float::Float;
-use crate::threads::{Parts, count, parallel_each, parallel_for};
+use crate::threads::{Parts, count, parallel_each};
 
-/// Multiply-adds of one group of rows with all columns, in floats: some 400 microseconds. Smaller ones would
-/// have groups of one panel, whose packing then reads parts of lines.
-const ITEM: usize = 24 << 20;
 /// Multiply-adds that a thread takes from a cell at a time: some 70 microseconds.
 const SHARE: usize = 4 << 20;
 /// Panels of one group of rows at most.
 const GROUP: usize = 8;
-/// Rows times columns of a cell over their sum, at least: of 256 x 256 it is this.
-const CELL: usize = 128;
+/// Multiply-adds of a product that one thread has done before another has begun.
+const ALONE: usize = 64 * 64 * 64;
 /// Panels of rows that meet a panel of `b` as soon as it is packed; while they do, the next is fetched.
 const FIRST: usize = 2;
 
@@ -42,26 +38,14 @@ pub(super) fn pass<T: Float, O: Float, E: Float>(
         let first = panels * part / parts * kernel.nr;
         let end = (panels * (part + 1) / parts * kernel.nr).min(b.cols);
         let data = &b.data[(first * b.col_stride).min(b.data.len())..];
-        pass_near(a, Mat { data, cols: end - first, ..b }, &sink.from(0, first));
+        near(a, Mat { data, cols: end - first, ..b }, &sink.from(0, first));
     }
 }
 
 /// Of columns so few that what is packed of them stays in the last-level cache.
-fn pass_near<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O, E>) {
-    match grid(a.rows, b.cols) {
-        Some(grid) => apart(a, b, sink, grid),
-        None => together(a, b, sink),
-    }
-}
-
-/// By threads that have a cell each: see [`grid`].
-fn apart<T: Float, O: Float, E: Float>(
-    a: Mat<'_, T>,
-    b: Mat<'_, T>,
-    sink: &Sink<'_, O, E>,
-    [down, across]: [usize; 2],
-) {
+fn near<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O, E>) {
     let kernel = Kernel::of::<T>();
+    let [down, across] = grid([a.rows, b.cols, a.cols]);
     let (panels_a, panels_b) = (a.rows.div_ceil(kernel.mr), b.cols.div_ceil(kernel.nr));
     let cell = |cell: usize| {
         let (i, j) = (cell / across, cell % across);
@@ -86,7 +70,8 @@ fn apart<T: Float, O: Float, E: Float>(
         parallel_each(cells.len(), |own| {
             let room = |cell: usize| cell * each..cell * each + cells[cell].product.room();
             let product = &cells[own].product;
-            product.first(0..product.panels_b(), &parts.part(room(own)));
+            // SAFETY: this cell's own, until it is said to be packed.
+            product.first(unsafe { parts.range(room(own)) });
             cells[own].packed.store(true, Release);
             for other in (own..cells.len()).chain(0..own) {
                 // Cells of all columns pack the same: then what this thread has packed is nearer.
@@ -122,40 +107,12 @@ impl<'a, T: Float, O: Float, E: Float> Cell<'a, T, O, E> {
     }
 }
 
-/// How many rows and columns of cells, one a thread, cut a product so large that packing a cell's operands
-/// is little beside multiplying them: then each thread packs its own, and nothing passes from one
-/// core's cache to another's but what a thread that is done takes over.
-fn grid(m: usize, n: usize) -> Option<[usize; 2]> {
-    let threads = count();
+/// How many rows and columns of cells, one a thread, cut a product: those with the least to pack.
+fn grid([m, n, k]: [usize; 3]) -> [usize; 2] {
+    let threads = if m * n * k < ALONE { 1 } else { count() };
     let cells = (1..=threads).filter(|down| threads.is_multiple_of(*down));
     let cells = cells.map(|down| [down, threads / down]);
-    let cost = |[down, across]: &[usize; 2]| m / down + n / across;
-    let best = cells.min_by_key(cost)?;
-    let (rows, cols) = (m / best[0], n / best[1]);
-    (threads > 1 && rows * cols >= CELL * (rows + cols)).then_some(best)
-}
-
-/// The same by all threads that are free.
-fn together<T: Float, O: Float, E: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O, E>) {
-    let product = Packed::new(Kernel::of::<T>(), a, b, sink.from(0, 0));
-    let small = a.rows * b.cols * a.cols < 64 * 64 * 64;
-    let size = product.size_b();
-    with_workspace(product.room(), |space| {
-        let parts = Parts::new(space);
-        let grain = if small { usize::MAX } else { (8192 / size.max(1)).max(1) };
-        parallel_for(product.panels_b(), grain, |columns| product.first(columns, &parts));
-        let (space, split) = (&*space, Split::among_all(&product));
-        let items = split.groups * split.blocks;
-        match small {
-            true => product.items(&split, space, counter(0..items)),
-            false => parallel_each(items, |i| product.items(&split, space, counter(i..i + 1))),
-        }
-    });
-}
-
-/// The numbers of a range, then one that is too large for any.
-fn counter(mut range: Range<usize>) -> impl FnMut() -> usize {
-    move || range.next().unwrap_or(usize::MAX)
+    cells.min_by_key(|[down, across]| m / down + n / across).unwrap_or([1, 1])
 }
 
 /// A product under way.
@@ -166,6 +123,8 @@ struct Packed<'a, T, O, E> {
     words: Option<Mat<'a, f32>>,
     /// The columns of b.
     b: Mat<'a, T>,
+    /// They as the kernel reads them, if it can.
+    columns: Option<&'a [f32]>,
     steps: usize,
     sink: Sink<'a, O, E>,
 }
@@ -185,8 +144,9 @@ struct Tile([f32; TILE]);
 
 impl<'a, T: Float, O: Float, E: Float> Packed<'a, T, O, E> {
     fn new(kernel: Kernel, a: Mat<'a, T>, b: Mat<'a, T>, sink: Sink<'a, O, E>) -> Self {
-        let words = pack::in_place(&kernel, &a);
-        Packed { kernel, a, words, b: b.t(), steps: kernel.steps(a.cols), sink }
+        let (words, b) = (pack::in_place(&kernel, &a), b.t());
+        let columns = pack::columns_in_place(&kernel, &b);
+        Packed { kernel, a, words, b, columns, steps: kernel.steps(a.cols), sink }
     }
 
     fn panels_a(&self) -> usize {
@@ -202,9 +162,17 @@ impl<'a, T: Float, O: Float, E: Float> Packed<'a, T, O, E> {
         self.kernel.nr * self.steps
     }
 
-    /// Floats of all of them.
+    /// Floats of all that are packed.
     fn room(&self) -> usize {
-        self.panels_b() * self.size_b()
+        if self.columns.is_some() { 0 } else { self.panels_b() * self.size_b() }
+    }
+
+    /// A panel of columns of these, and the floats from step to step.
+    fn panel<'x>(&'x self, packed: &'x [f32], column: usize) -> (&'x [f32], usize) {
+        match self.columns {
+            Some(columns) => (&columns[column * self.kernel.nr..], self.b.col_stride),
+            None => (&packed[column * self.size_b()..], self.kernel.nr),
+        }
     }
 
     /// Panels of rows behind the first ones.
@@ -214,21 +182,24 @@ impl<'a, T: Float, O: Float, E: Float> Packed<'a, T, O, E> {
 
     /// Panels of a group of rows at most: as many as stay in the second-level cache while columns pass by.
     fn group(&self) -> usize {
-        let panel = (self.kernel.mr * self.steps).max(1);
-        let room = (self.kernel.room / panel).clamp(1, GROUP);
-        (ITEM / (panel * self.kernel.nr * self.panels_b()).max(1)).clamp(1, room)
+        (self.kernel.room / (self.kernel.mr * self.steps).max(1)).clamp(1, GROUP)
     }
 
-    /// Packs these columns, each into its part of the room, and multiplies the first rows with them.
-    fn first(&self, columns: Range<usize>, room: &Parts<f32>) {
+    /// Packs the columns, each into its part of the room, and multiplies the first rows with them.
+    fn first(&self, room: &mut [f32]) {
         let (nr, size) = (self.kernel.nr, self.size_b());
         let first = FIRST.min(self.panels_a());
         self.with_rows(first, |rows| {
             rows.take(0..first);
-            for column in columns {
-                // SAFETY: each panel belongs to one piece.
-                let panel = unsafe { room.range(column * size..(column + 1) * size) };
-                pack::panel(&self.kernel, self.b, column * nr, nr, panel);
+            for column in 0..self.panels_b() {
+                let panel = match self.columns {
+                    Some(_) => self.panel(&[], column),
+                    None => {
+                        let panel = &mut room[column * size..(column + 1) * size];
+                        pack::panel(&self.kernel, self.b, column * nr, nr, panel);
+                        (&*panel, nr)
+                    }
+                };
                 for row in 0..first {
                     let next = self.ahead(&self.b, (column + 1) * nr, row);
                     rows.tile(row, column, panel, next);
@@ -240,7 +211,7 @@ impl<'a, T: Float, O: Float, E: Float> Packed<'a, T, O, E> {
     /// Multiplies the groups of rows behind the first ones: those items that `next` says, up to one too large.
     fn items(&self, split: &Split, columns: &[f32], mut next: impl FnMut() -> usize) {
         let Split { groups, blocks } = *split;
-        let (left, size) = (self.panels_left(), self.size_b());
+        let left = self.panels_left();
         let bound = |group: usize| self.panels_a() - left + left * group / groups;
         self.with_rows(left.div_ceil(groups.max(1)), |rows| {
             loop {
@@ -254,7 +225,7 @@ impl<'a, T: Float, O: Float, E: Float> Packed<'a, T, O, E> {
                 // The rows that this thread is likely to take next.
                 let after = bound((item + 1) / blocks);
                 for column in self.panels_b() * block / blocks..end {
-                    let panel = &columns[column * size..(column + 1) * size];
+                    let panel = self.panel(columns, column);
                     let left = end - column - 1;
                     for row in rows.panels.clone() {
                         let next = match left {
@@ -319,19 +290,26 @@ impl<T: Float, O: Float, E: Float> Rows<'_, T, O, E> {
     }
 
     /// Multiplies panel `row` of `a` with panel `column` of `b`.
-    fn tile(&mut self, row: usize, column: usize, panel: &[f32], next: Ahead) {
+    fn tile(&mut self, row: usize, column: usize, (panel, run): (&[f32], usize), next: Ahead) {
         let Packed { kernel, a, b, steps, sink, .. } = self.product;
         let (i, j) = (row * kernel.mr, column * kernel.nr);
         let size = [kernel.mr.min(a.rows - i), kernel.nr.min(b.rows - j)];
+        // The tile after this one.
+        let [i2, j2] = match row + 1 < self.panels.end {
+            true => [i + kernel.mr, j],
+            false => [self.panels.start * kernel.mr, j + kernel.nr],
+        };
+        sink.ask([i2, j2], [kernel.mr, kernel.nr]);
         let direct = match size[1] == kernel.nr {
             true => sink.direct([i, j], size, kernel.narrows(), &mut self.scratch.0),
             false => None,
         };
         let out = direct.unwrap_or(Out::new(self.scratch.0.as_mut_ptr(), kernel.nr, false));
-        let (rows, strides) = self.at(row);
+        let (rows, [by_row, by_step]) = self.at(row);
+        let strides = [by_row, by_step, run];
         // SAFETY: whole rows in bounds that are this item's alone, or scratch, which has room for any
         // kernel's tile.
-        unsafe { kernel.tile_at(size[0], *steps, rows, strides, panel, out, next) }
+        unsafe { kernel.tile_at(size[0], *steps, rows, panel, strides, out, next) }
         if direct.is_none() {
             sink.store_tile([i, j], size, &self.scratch.0, kernel.nr);
         }
@@ -346,17 +324,6 @@ struct Split {
 }
 
 impl Split {
-    /// Of a product that all threads share: equal items, a multiple of the threads in number, so that threads
-    /// end together.
-    fn among_all<T: Float, O: Float, E: Float>(product: &Packed<'_, T, O, E>) -> Split {
-        let (left, panels_b, threads) = (product.panels_left(), product.panels_b(), count());
-        let rounds = left.div_ceil(product.group() * threads);
-        let groups = (rounds * threads).min(left);
-        // Few rows: threads share them and split the columns.
-        let blocks = if groups >= 2 * threads { 1 } else { panels_b.div_ceil(16).min(4 * threads) };
-        Split { groups, blocks }
-    }
-
     /// Of a cell: items so small that a thread that takes the last one is not waited for long.
     fn of_cell<T: Float, O: Float, E: Float>(product: &Packed<'_, T, O, E>) -> Split {
         let Packed { kernel, steps, .. } = product;

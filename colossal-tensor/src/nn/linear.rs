@@ -10,7 +10,7 @@ use crate::placement::{Dim, Placement, Region};
 use crate::tensor::Tensor;
 
 /// Bytes of logits that exist at once.
-const LOGITS: usize = 8 << 20;
+const LOGITS: usize = 16 << 20;
 /// But so many rows, that the product is as fast as of all.
 const ROWS: usize = 256;
 

@@ -8,7 +8,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::{Ahead, Out, Run};
+use super::{Ahead, Out, Run, Strides};
 
 pub(super) static F32_6X16: [Run; 6] =
     [tile::<1>, tile::<2>, tile::<3>, tile::<4>, tile::<5>, tile::<6>];
@@ -23,11 +23,12 @@ type Row = [__m256; 2];
 unsafe fn tile<const R: usize>(
     steps: usize,
     a: *const f32,
-    strides: [usize; 2],
     b: *const f32,
+    [row, step, _]: Strides,
     out: Out,
     next: Ahead,
 ) {
+    let strides = [row, step];
     for i in 0..R {
         let c = out.at.wrapping_add(i * out.stride);
         _mm_prefetch::<_MM_HINT_ET0>(c.cast());
