@@ -25,7 +25,7 @@ pub(crate) struct Kernel {
     pub(crate) pairs: bool,
     /// Rows of `a` are read as fast where they lie as from a panel.
     pub(crate) in_place: bool,
-    /// Steps of `b` may lie apart: a first-level cache takes few of them, so that none is missed there.
+    /// Steps of `b` may lie apart; they are asked for some steps ahead.
     pub(super) columns_in_place: bool,
     /// Steps of depth of one pass; longer products are added up in f32.
     pub(super) depth: usize,

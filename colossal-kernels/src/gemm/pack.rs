@@ -39,7 +39,7 @@ pub(super) fn columns_in_place<'a, T: Float>(kernel: &Kernel, x: &Mat<'a, T>) ->
         return None;
     }
     let whole = x.rows.is_multiple_of(kernel.nr) && stride.is_multiple_of(LINE);
-    if !whole || !x.data.as_ptr().addr().is_multiple_of(size_of::<[f32; LINE]>()) {
+    if !whole || x.cols == 0 || !x.data.as_ptr().addr().is_multiple_of(size_of::<[f32; LINE]>()) {
         return None;
     }
     // Steps so far apart as a power of two crowd into few sets: they may take half of the lines of each.
