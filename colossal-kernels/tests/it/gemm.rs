@@ -225,38 +225,41 @@ fn work_taken_from_another_thread_gives_the_same_bits() {
 
 #[test]
 fn columns_read_where_they_lie_give_the_bits_of_packed_ones() {
-    // Rows of whole lines, so many floats apart; in one pass, in parts of the depth, by cells.
-    for (m, n, k, apart) in [
-        (1, 32, 3, 48),
-        (31, 96, 200, 112),
-        (17, 64, 700, 64),
-        (33, 70, 100, 80),
-        (40, 96, 2100, 176),
-        (300, 672, 37, 688),
-        (300, 544, 300, 592),
-    ] {
-        let a: Vec<f32> = noise(m * k, 1);
-        let from: Vec<f32> = noise(k * apart, 2);
-        let mut lines = memory::Block::zeroed(4 * (from.len() + 1));
-        let mut product = |shift: usize, threads: usize| {
-            threads::set(Threads::new(threads));
-            let lines = bytemuck::cast_slice_mut::<u8, f32>(lines.bytes_mut(4 * (from.len() + 1)));
-            lines[shift..shift + from.len()].copy_from_slice(&from);
-            // The last row ends where the columns do.
-            let data = &lines[shift..shift + (k - 1) * apart + n];
-            let b = Mat { data, rows: k, cols: n, row_stride: apart, col_stride: 1 };
-            let mut c = vec![0.0f32; m * n];
-            gemm(Mat::new(&a, m, k), b, MatMut::new(&mut c, m, n), &Epilogue::default());
-            c
-        };
-        let packed = product(1, 2);
-        for threads in 1..4 {
-            assert_eq!(product(0, threads), packed, "{m}x{n}x{k}, {threads} threads");
+    at_its_best(|| {
+        // Rows of whole lines, so many floats apart; in one pass, in parts of the depth, by cells.
+        for (m, n, k, apart) in [
+            (1, 32, 3, 48),
+            (31, 96, 200, 112),
+            (17, 64, 700, 64),
+            (33, 70, 100, 80),
+            (40, 96, 2100, 176),
+            (300, 672, 37, 688),
+            (300, 544, 300, 592),
+        ] {
+            let a: Vec<f32> = noise(m * k, 1);
+            let from: Vec<f32> = noise(k * apart, 2);
+            let mut lines = memory::Block::zeroed(4 * (from.len() + 1));
+            let mut product = |shift: usize, threads: usize| {
+                threads::set(Threads::new(threads));
+                let lines =
+                    bytemuck::cast_slice_mut::<u8, f32>(lines.bytes_mut(4 * (from.len() + 1)));
+                lines[shift..shift + from.len()].copy_from_slice(&from);
+                // The last row ends where the columns do.
+                let data = &lines[shift..shift + (k - 1) * apart + n];
+                let b = Mat { data, rows: k, cols: n, row_stride: apart, col_stride: 1 };
+                let mut c = vec![0.0f32; m * n];
+                gemm(Mat::new(&a, m, k), b, MatMut::new(&mut c, m, n), &Epilogue::default());
+                c
+            };
+            let packed = product(1, 2);
+            for threads in 1..4 {
+                assert_eq!(product(0, threads), packed, "{m}x{n}x{k}, {threads} threads");
+            }
+            let dense: Vec<f32> = from.chunks(apart).flat_map(|row| &row[..n]).copied().collect();
+            let want = reference::gemm(m, n, k, &wide(&a), &wide(&dense));
+            close(&format!("{m}x{n}x{k}"), &packed, &want, 1e-6 * (k as f64).sqrt() + 2e-6);
         }
-        let dense: Vec<f32> = from.chunks(apart).flat_map(|row| &row[..n]).copied().collect();
-        let want = reference::gemm(m, n, k, &wide(&a), &wide(&dense));
-        close(&format!("{m}x{n}x{k}"), &packed, &want, 1e-6 * (k as f64).sqrt() + 2e-6);
-    }
+    });
 }
 
 #[test]
