@@ -1,10 +1,11 @@
 //! Collectives and messages in flight: they own their buffers.
 //!
 //! Each rank of a group has one thread, started by its first collective in flight, that runs what
-//! was started in order; alone in its group it waits for nobody, and runs it at once. It has its own rendezvous, so what is in flight and what is called
-//! blocking never wait for each other. Messages need no thread: a post lies at its peer until the
-//! peer posts too. A leaked [`Pending`] leaks its buffer and nothing else; one that is dropped
-//! goes on, and its buffer is dropped after it.
+//! was started in order; a rank that is alone waits for nobody, and runs it at once. The thread has
+//! its own rendezvous, so what is in flight and what is called blocking never wait for each other.
+//! Messages need no thread: a post lies at its peer until the peer posts too. A leaked [`Pending`]
+//! leaks its buffer and nothing else; one that is dropped goes on, and its buffer is dropped after
+//! it.
 
 use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};

@@ -226,7 +226,8 @@ fn work_taken_from_another_thread_gives_the_same_bits() {
 #[test]
 fn columns_read_where_they_lie_give_the_bits_of_packed_ones() {
     at_its_best(|| {
-        // Rows of whole lines, so many floats apart; in one pass, in parts of the depth, by cells.
+        // Rows of whole lines, so many floats apart; in one pass, in parts of the depth, by cells; of 70
+        // columns, no whole panels, which are packed after all.
         for (m, n, k, apart) in [
             (1, 32, 3, 48),
             (31, 96, 200, 112),
