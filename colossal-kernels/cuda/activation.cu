@@ -20,13 +20,18 @@ INLINE float gelu_tanh_slope(float x) {
   }                                                                                                   \
   KERNEL(name)                                                                                        \
   extern "C" __global__ void __launch_bounds__(256)                                                   \
-      name##_backward(const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx, u64 n) { \
-    each<K>(n, aligned(dy, x, dx), [&](u64 i, auto lanes) {                                           \
+      name##_backward(T* __restrict__ dy, T* __restrict__ x, u64 n) {                                 \
+    each<K>(n, aligned(dy, x), [&](u64 i, auto lanes) {                                               \
       constexpr int N = lanes.n; \
-      const auto d = load<N>(dy + i);                                                           \
+      auto d = load<N>(dy + i);                                                                 \
       auto r = load<N>(x + i);                                                                  \
-      for (int k = 0; k < N; ++k) r.v[k] = d.v[k] * name##_slope(r.v[k]);                       \
-      store(dx + i, r);                                                                               \
+      for (int k = 0; k < N; ++k) {                                                                   \
+        const float v = r.v[k];                                                                       \
+        r.v[k] = d.v[k] * name##_slope(v);                                                            \
+        d.v[k] = name##_of(v);                                                                        \
+      }                                                                                               \
+      store(x + i, r);                                                                                \
+      store(dy + i, d);                                                                               \
     });                                                                                               \
   }                                                                                                   \
   KERNEL(name##_backward)
@@ -49,19 +54,21 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 KERNEL(swiglu)
 
+// gate and up become their gradients, dy the result of swiglu once more
 extern "C" __global__ void __launch_bounds__(256)
-    swiglu_backward(const T* __restrict__ dy, const T* __restrict__ gate, const T* __restrict__ up,
-                    T* __restrict__ dgate, T* __restrict__ dup, u64 n) {
-  each<K>(n, aligned(dy, gate, up, dgate, dup), [&](u64 i, auto lanes) {
+    swiglu_backward(T* __restrict__ dy, T* __restrict__ gate, T* __restrict__ up, u64 n) {
+  each<K>(n, aligned(dy, gate, up), [&](u64 i, auto lanes) {
     constexpr int N = lanes.n;
-    const auto d = load<N>(dy + i), g = load<N>(gate + i), u = load<N>(up + i);
-    Floats<N> dg, du;
+    auto d = load<N>(dy + i), g = load<N>(gate + i), u = load<N>(up + i);
     for (int k = 0; k < N; ++k) {
-      dg.v[k] = d.v[k] * u.v[k] * silu_slope(g.v[k]);
-      du.v[k] = d.v[k] * silu_of(g.v[k]);
+      const float dk = d.v[k], gk = g.v[k], uk = u.v[k];
+      g.v[k] = dk * uk * silu_slope(gk);
+      u.v[k] = dk * silu_of(gk);
+      d.v[k] = silu_of(gk) * uk;
     }
-    store(dgate + i, dg);
-    store(dup + i, du);
+    store(gate + i, g);
+    store(up + i, u);
+    store(dy + i, d);
   });
 }
 KERNEL(swiglu_backward)

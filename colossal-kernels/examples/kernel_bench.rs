@@ -145,13 +145,13 @@ fn case<T: Float>(kernel: &str, sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
             Box::new(move || flash_attention(&s, &q, &k, &v, &mut out, &mut lse))
         }
         ("gelu_tanh" | "gelu_tanh_backward" | "swiglu" | "swiglu_backward", &[n]) => {
-            let (x, dy, up) = (noise::<T>(n, 1), noise::<T>(n, 2), noise::<T>(n, 3));
-            let (mut y, mut z) = (vec![T::zeroed(); n], vec![T::zeroed(); n]);
+            let (mut x, mut dy, mut up) = (noise::<T>(n, 1), noise::<T>(n, 2), noise::<T>(n, 3));
+            let mut y = vec![T::zeroed(); n];
             match kernel {
                 "gelu_tanh" => Box::new(move || gelu_tanh(&x, &mut y)),
-                "gelu_tanh_backward" => Box::new(move || gelu_tanh_backward(&dy, &x, &mut y)),
+                "gelu_tanh_backward" => Box::new(move || gelu_tanh_backward(&mut dy, &mut x)),
                 "swiglu" => Box::new(move || swiglu(&x, &up, &mut y)),
-                _ => Box::new(move || swiglu_backward(&dy, &x, &up, &mut y, &mut z)),
+                _ => Box::new(move || swiglu_backward(&mut dy, &mut x, &mut up)),
             }
         }
         ("layer_norm" | "layer_norm_backward" | "rms_norm", &[rows, dim]) => {
@@ -169,6 +169,10 @@ fn case<T: Float>(kernel: &str, sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
                     layer_norm_backward(&dy, &x, &w, &mean, &rstd, &mut y, dw, db);
                 }),
             }
+        }
+        ("sum_of_squares", &[n]) => {
+            let x = noise::<f32>(n, 1);
+            Box::new(move || assert!(sum_of_squares(&x) > 0.0))
         }
         ("sum_rows", &[rows, dim]) => {
             let (x, mut sums) = (noise::<T>(rows * dim, 1), vec![0.0; dim]);

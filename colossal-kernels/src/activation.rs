@@ -1,6 +1,8 @@
 //! Activations and their gradients.
 
-use crate::cast::rounded;
+use std::marker::PhantomData;
+
+use crate::cast::{changed, rounded};
 use crate::elementwise::check;
 use crate::float::Float;
 use crate::isa::simd;
@@ -28,21 +30,22 @@ macro_rules! activation {
             rows(x, 1, y, 1, |_, x, y| rounded([y], |r, [y]| piece(&x[r], y)));
         }
 
-        #[doc = concat!("`dx = dy * f'(x)` for [`", stringify!($name), "`].")]
-        pub fn $backward<T: Float>(dy: &[T], x: &[T], dx: &mut [T]) {
-            let _span = profile::moves::<T>(stringify!($backward), x.len(), 3);
+        #[doc = concat!(
+            "Backward of [`", stringify!($name), "`], in place: `x` becomes its gradient `dy * f'(x)`, and \
+             `dy` becomes `f(x)` once more."
+        )]
+        ///
+        /// The product that took `f(x)` needs it again for the gradient of its weight.
+        pub fn $backward<T: Float>(dy: &mut [T], x: &mut [T]) {
+            let _span = profile::moves::<T>(stringify!($backward), x.len(), 4);
             check(stringify!($backward), dy.len(), x.len());
-            check(stringify!($backward), dy.len(), dx.len());
-            simd! { fn piece<T: Float>(dy: &[T], x: &[T], dx: &mut [f32]) {
-                for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
-                    let $x = x.to_f32();
-                    *dx = dy.to_f32() * $slope;
+            simd! { fn piece<T: Float>(dy: &mut [f32], x: &mut [f32], _of: PhantomData<T>) {
+                for (x, dy) in x.iter_mut().zip(dy) {
+                    let $x = *x;
+                    (*x, *dy) = (*dy * $slope, $f);
                 }
             } }
-            rows(dy, 1, dx, 1, |at, dy, dx| {
-                let x = &x[at..at + dy.len()];
-                rounded([dx], |r, [dx]| piece(&dy[r.clone()], &x[r], dx));
-            });
+            in_place([dy, x], |[dy, x]| piece::<T>(dy, x, PhantomData));
         }
     };
 }
@@ -98,27 +101,31 @@ pub fn swiglu<T: Float>(gate: &[T], up: &[T], y: &mut [T]) {
     });
 }
 
-/// Gradients of [`swiglu`] with respect to both operands.
-pub fn swiglu_backward<T: Float>(dy: &[T], gate: &[T], up: &[T], dgate: &mut [T], dup: &mut [T]) {
-    let _span = profile::moves::<T>("swiglu_backward", dy.len(), 5);
-    for len in [gate.len(), up.len(), dgate.len(), dup.len()] {
-        check("swiglu_backward", dy.len(), len);
-    }
-    simd! { fn piece<T: Float>(dy: &[T], gate: &[T], up: &[T], dgate: &mut [f32], dup: &mut [f32]) {
-        for i in 0..dy.len().min(gate.len()).min(up.len()).min(dgate.len()).min(dup.len()) {
-            let (dy, g, u) = (dy[i].to_f32(), gate[i].to_f32(), up[i].to_f32());
+/// Backward of [`swiglu`], in place: `gate` and `up` become their gradients, and `dy` becomes
+/// `silu(gate) * up` once more.
+///
+/// The product that took the result needs it again for the gradient of its weight.
+pub fn swiglu_backward<T: Float>(dy: &mut [T], gate: &mut [T], up: &mut [T]) {
+    let _span = profile::moves::<T>("swiglu_backward", dy.len(), 6);
+    check("swiglu_backward", dy.len(), gate.len());
+    check("swiglu_backward", dy.len(), up.len());
+    simd! { fn piece<T: Float>(dy: &mut [f32], gate: &mut [f32], up: &mut [f32], _of: PhantomData<T>) {
+        for ((dy, gate), up) in dy.iter_mut().zip(gate).zip(up) {
+            let (d, g, u) = (*dy, *gate, *up);
             let s = sigmoid::<T>(g);
-            dgate[i] = dy * u * s * (1.0 + g * (1.0 - s));
-            dup[i] = dy * g * s;
+            *gate = d * u * s * (1.0 + g * (1.0 - s));
+            *up = d * g * s;
+            *dy = g * s * u;
         }
     } }
-    let (dgate, dup) = (Parts::new(dgate), Parts::new(dup));
-    parallel_for(dy.len(), 8192, |r| {
-        let [dy, gate, up] = [dy, gate, up].map(|x| &x[r.clone()]);
+    in_place([dy, gate, up], |[dy, gate, up]| piece::<T>(dy, gate, up, PhantomData));
+}
+
+/// Has `f` change pieces of all `x`, which are equally long, in f32, over the rank's threads.
+fn in_place<const N: usize, T: Float>(x: [&mut [T]; N], f: impl Fn([&mut [f32]; N]) + Sync) {
+    let parts = x.map(Parts::new);
+    parallel_for(parts[0].len(), 8192, |range| {
         // SAFETY: ranges of different pieces are disjoint.
-        let to = unsafe { [dgate.range(r.clone()), dup.range(r)] };
-        rounded(to, |r, [dgate, dup]| {
-            piece(&dy[r.clone()], &gate[r.clone()], &up[r], dgate, dup);
-        });
+        changed(parts.each_ref().map(|part| unsafe { part.range(range.clone()) }), &f);
     });
 }

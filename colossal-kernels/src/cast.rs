@@ -51,6 +51,32 @@ pub(crate) fn rounded<const N: usize, T: Float>(
     }
 }
 
+/// Has `f` change all `x`, equally long, as f32, and rounds what it left there, on this thread: in pieces that
+/// stay in the first-level cache.
+#[inline(always)]
+pub(crate) fn changed<const N: usize, T: Float>(mut x: [&mut [T]; N], f: impl Fn([&mut [f32]; N])) {
+    if T::NAME == "f32" {
+        return f(x.map(bytemuck::cast_slice_mut));
+    }
+    simd! { fn widen<T: Float>(x: &[T], y: &mut [f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = x.to_f32();
+        }
+    } }
+    let len = x.iter().map(|x| x.len()).min().unwrap_or(0);
+    let mut pieces = [[0.0; PIECE]; N];
+    for at in (0..len).step_by(PIECE) {
+        let n = PIECE.min(len - at);
+        for (piece, x) in pieces.iter_mut().zip(&x) {
+            widen(&x[at..at + n], &mut piece[..n]);
+        }
+        f(pieces.each_mut().map(|piece| &mut piece[..n]));
+        for (piece, x) in pieces.iter().zip(&mut x) {
+            round(&piece[..n], &mut x[at..at + n]);
+        }
+    }
+}
+
 /// These elements, or what lies there beyond the end, are written soon.
 #[inline(always)]
 fn soon<T>(y: &[T], range: Range<usize>) {

@@ -4,7 +4,8 @@
 //! pass goes by. Nodes are numbered as they are made, so the highest number that has a gradient
 //! is always complete: no sort, no counts, no zero-filled sums. The gradient of a parameter is
 //! accumulated in place, in f32, where a [`GradSink`] says, and handed on the moment its last use
-//! has been passed. Weight gradients can be put off ([`Deferred`]): zero-bubble pipelines.
+//! has been passed. Weight gradients can be put off ([`Deferred`]: zero-bubble pipelines), and wait for an
+//! operand that backward of the op before makes again on its way ([`crate::saved`]).
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -19,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::kernels;
 use crate::params::{Param, ParamId};
 use crate::placement::Layout;
+use crate::saved::{Recipe, Saved};
 use crate::storage::Buffer;
 use crate::tensor::{Scope, Tensor};
 use crate::view::ViewMut;
@@ -29,6 +31,16 @@ pub(crate) enum Edge {
     None,
     Node(Arc<Node>),
     Leaf(Arc<Param>),
+}
+
+impl Edge {
+    /// The number of the op.
+    pub(crate) fn op(&self) -> Option<u64> {
+        match self {
+            Edge::Node(node) => Some(node.id),
+            _ => None,
+        }
+    }
 }
 
 /// One recorded op.
@@ -301,6 +313,10 @@ pub(crate) struct Backward<'a> {
     pending: BTreeMap<u64, (Arc<Node>, Tensor)>,
     uses: HashMap<ParamId, usize>,
     inputs: Vec<Edge>,
+    /// Gradients of weights that wait for an operand which backward of an op makes.
+    waiting: Vec<(Arc<Recipe>, Job)>,
+    /// The operand that the op under way shall make.
+    awaited: Option<Arc<Recipe>>,
 }
 
 impl Backward<'_> {
@@ -368,6 +384,66 @@ impl Backward<'_> {
                 self.give(i, crate::no_grad(|| grad.to_dtype(like.dtype))?)
             }
         }
+    }
+
+    /// As [`Backward::weight_fresh`], of the operand `x` that the op kept: where backward of the op before,
+    /// whose result is input 0, makes it on its way, `add` runs after that.
+    pub(crate) fn weight_of(
+        &mut self,
+        i: usize,
+        like: &Weight,
+        x: Saved,
+        add: impl FnOnce(&Tensor, Accumulator<'_>) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        let recipe = x.awaits().filter(|recipe| recipe.op() == self.inputs[0].op()).cloned();
+        let add = move |acc: Accumulator<'_>| add(&x.get()?, acc);
+        match (recipe, &self.inputs[i]) {
+            (Some(recipe), Edge::Leaf(param)) => {
+                let job = Job { param: param.clone(), last: false, add: Box::new(add) };
+                self.waiting.push((recipe, job));
+                Ok(())
+            }
+            _ => self.weight_fresh(i, like, add),
+        }
+    }
+
+    /// This op's result once more, for those whose weights' gradients wait for it.
+    pub(crate) fn remake(&mut self, make: impl FnOnce() -> Tensor) {
+        if let Some(recipe) = self.awaited.take() {
+            recipe.fill(make());
+        }
+    }
+
+    /// Takes the jobs that wait for the result of an op, which is about to make it.
+    fn await_op(&mut self, id: u64) -> Vec<Job> {
+        let waits = |(recipe, _): &mut (Arc<Recipe>, Job)| recipe.op() == Some(id);
+        let (recipes, jobs): (Vec<_>, _) = self.waiting.extract_if(.., waits).unzip();
+        self.awaited = recipes.into_iter().next();
+        if let Some(recipe) = &self.awaited {
+            recipe.wait();
+        }
+        jobs
+    }
+
+    /// A weight's gradient, now or later.
+    fn start(&mut self, job: Job) -> Result<()> {
+        match &mut self.deferred {
+            Some(queue) => queue.0.push(job),
+            None => {
+                deposit(self.sink, &job.param, job.add)?;
+                if job.last {
+                    self.sink.complete(&job.param)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The last job that adds to the gradient of a parameter, of those that wait.
+    fn last_job(&mut self, param: &Param) -> Option<&mut Job> {
+        let of = |job: &&mut Job| job.param.id() == param.id();
+        let waiting = self.waiting.iter_mut().rev().map(|(_, job)| job).find(of);
+        waiting.or_else(|| self.deferred.as_mut()?.0.iter_mut().rev().find(of))
     }
 
     /// Input `i` is a parameter: adds `factor * grad` to its gradient.
@@ -497,6 +573,8 @@ fn run(
         pending: BTreeMap::new(),
         uses: HashMap::new(),
         inputs: vec![root.edge().clone()],
+        waiting: Vec::new(),
+        awaited: None,
     };
     count_uses(root.edge(), &mut pass.uses);
     pass.give(0, seed)?;
@@ -509,19 +587,19 @@ fn run(
                 )));
             };
             pass.inputs.clone_from(&node.inputs);
+            let jobs = pass.await_op(node.id);
             backward(grad, &mut pass)?;
+            for job in jobs {
+                pass.start(job)?;
+            }
             for param in node.leaves() {
                 let Some(left) = pass.uses.get_mut(&param.id()) else { continue };
                 *left -= 1;
                 if *left > 0 {
                     continue;
                 }
-                // The last use: complete now, or when the queued part has been computed.
-                let queued = pass
-                    .deferred
-                    .as_mut()
-                    .and_then(|d| d.0.iter_mut().rev().find(|job| job.param.id() == param.id()));
-                match queued {
+                // The last use: complete now, or when the job that waits has run.
+                match pass.last_job(param) {
                     Some(job) => job.last = true,
                     None => pass.sink.complete(param)?,
                 }

@@ -2,21 +2,64 @@
 //!
 //! Outputs of activations and norms are cheap to compute from what their own backward keeps anyway,
 //! so a product that takes one keeps the recipe: the values go when the forward pass drops them,
-//! and exist once more while the products that share them run backward. Same kernel, same inputs:
-//! the same bits.
+//! and exist once more while the products that share them run backward. Backward of an activation makes
+//! them on its way: there the gradient of the product's weight waits for it. Same formula, same inputs: the
+//! same bits.
 
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
 use crate::autograd::no_grad;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
 /// How to compute a tensor again. Shared by all who keep it; the last to go takes the values along.
 pub(crate) struct Recipe {
-    make: Box<dyn Fn() -> Result<Tensor> + Send + Sync>,
-    made: Mutex<Option<Tensor>>,
+    /// The op whose backward makes the values.
+    op: Option<u64>,
+    state: Mutex<State>,
+}
+
+enum State {
+    /// It can be made.
+    Kept(Box<dyn Fn() -> Result<Tensor> + Send>),
+    /// Backward of the op is about to make it.
+    Awaited,
+    Made(Tensor),
+}
+
+impl Recipe {
+    /// The number of the op whose backward makes the values.
+    pub(crate) fn op(&self) -> Option<u64> {
+        self.op
+    }
+
+    /// Lets go of what they are made of, which the op's backward may overwrite.
+    pub(crate) fn wait(&self) {
+        let mut state = self.state.lock();
+        if let State::Kept(_) = *state {
+            *state = State::Awaited;
+        }
+    }
+
+    /// Here they are.
+    pub(crate) fn fill(&self, x: Tensor) {
+        *self.state.lock() = State::Made(x);
+    }
+
+    fn get(&self) -> Result<Tensor> {
+        let mut state = self.state.lock();
+        let made = match &*state {
+            State::Made(x) => return Ok(x.clone()),
+            State::Kept(make) => no_grad(make)?,
+            State::Awaited => {
+                return Err(Error::Backward("an operand was to be made again and was not".into()));
+            }
+        };
+        *state = State::Made(made.clone());
+        Ok(made)
+    }
 }
 
 /// An operand kept for backward.
@@ -30,14 +73,15 @@ impl Saved {
     pub(crate) fn get(&self) -> Result<Tensor> {
         match self {
             Saved::Values(x) => Ok(x.clone()),
-            Saved::Recipe(recipe) => {
-                let mut made = recipe.made.lock();
-                if let Some(x) = &*made {
-                    return Ok(x.clone());
-                }
-                let x = no_grad(|| (recipe.make)())?;
-                Ok(made.insert(x).clone())
-            }
+            Saved::Recipe(recipe) => recipe.get(),
+        }
+    }
+
+    /// The recipe, if backward of an op fills it.
+    pub(crate) fn awaits(&self) -> Option<&Arc<Recipe>> {
+        match self {
+            Saved::Recipe(recipe) => recipe.op.is_some().then_some(recipe),
+            Saved::Values(_) => None,
         }
     }
 }
@@ -52,14 +96,24 @@ impl Tensor {
     }
 
     /// Says that `make` computes this tensor from what backward keeps in any case.
-    pub(crate) fn remade_by(
+    pub(crate) fn remade_by(self, make: impl Fn() -> Result<Tensor> + Send + 'static) -> Tensor {
+        self.remade(make, None)
+    }
+
+    /// As [`Tensor::remade_by`]; backward of the op [makes](crate::autograd::Backward::remake) it, too.
+    pub(crate) fn remade_in_backward(
         self,
-        make: impl Fn() -> Result<Tensor> + Send + Sync + 'static,
+        make: impl Fn() -> Result<Tensor> + Send + 'static,
     ) -> Tensor {
+        let op = self.edge().op();
+        self.remade(make, op)
+    }
+
+    fn remade(self, make: impl Fn() -> Result<Tensor> + Send + 'static, op: Option<u64>) -> Tensor {
         match self.requires_grad() {
             true => {
-                let (make, made) = (Box::new(make), Mutex::default());
-                self.with_recipe(Arc::new(Recipe { make, made }))
+                let state = Mutex::new(State::Kept(Box::new(make)));
+                self.with_recipe(Arc::new(Recipe { op, state }))
             }
             false => self,
         }
@@ -70,7 +124,7 @@ impl Tensor {
 mod tests {
     use crate::placement::Dim;
     use crate::storage::memory_stats;
-    use crate::{Dtype, Grads, Init, Params, Result, Scope, Tensor};
+    use crate::{Deferred, Dtype, Grads, Init, Params, Result, Scope, Tensor};
 
     /// Bytes held between forward and backward of two products that share `act(x)`, and gradients.
     fn held(act: impl Fn(&Tensor) -> Result<Tensor>) -> Result<(usize, Vec<Vec<f32>>)> {
@@ -93,12 +147,43 @@ mod tests {
 
     #[test]
     fn products_keep_the_recipe_of_an_activation_and_give_the_same_gradients() -> Result<()> {
-        let (held_recipe, grads) = held(Tensor::gelu_tanh)?;
-        // A reshape is no recipe: the values are kept.
-        let (held_values, kept) = held(|x| x.gelu_tanh()?.reshape(&[32, 32]))?;
-        assert_eq!(held_values - held_recipe, 32 * 32 * 4);
-        assert!(grads.iter().all(|g| g.iter().any(|x| *x != 0.0)));
-        assert_eq!(grads, kept);
+        type Act = fn(&Tensor) -> Result<Tensor>;
+        let cases: [(Act, usize); 4] = [
+            (Tensor::gelu_tanh, 1),
+            (Tensor::silu, 1),
+            // Its operands are results, which backward may overwrite.
+            (|x| x.scale(0.5)?.swiglu(&x.scale(2.0)?), 1),
+            // An older op needs an operand after backward of the activation.
+            (|x| x.scale(0.5).and_then(|h| &h.mul(&h)? + &h.gelu()?), 0),
+        ];
+        for (act, recipes) in cases {
+            let (held_recipe, grads) = held(act)?;
+            // A reshape is no recipe: the values are kept.
+            let (held_values, kept) = held(|x| act(x)?.reshape(&[32, 32]))?;
+            assert_eq!(held_values - held_recipe, recipes * 32 * 32 * 4);
+            assert!(grads.iter().all(|g| g.iter().any(|x| *x != 0.0)));
+            assert_eq!(grads, kept);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_weight_whose_operand_is_made_on_the_way_is_complete_after_it_now_or_later() -> Result<()> {
+        let p = Params::new(&Scope::solo(), 0, Dtype::F32);
+        let weight = |name: &str| {
+            p.at(name).tensor("weight", &[Dim::Other(4), Dim::Other(4)], Init::Normal(1.0))
+        };
+        let (x, w) = (weight("x")?, weight("w")?);
+        let loss = || x.tensor().gelu()?.linear(&w.tensor(), None)?.sum();
+        let now = loss()?.backward()?;
+        assert_eq!(now.completed(), ["w.weight", "x.weight"]);
+        let (mut later, mut deferred) = (Grads::default(), Deferred::default());
+        loss()?.backward_into(&mut later, Some(&mut deferred))?;
+        assert_eq!(later.completed(), ["x.weight"]);
+        assert!(later.get(&w).is_none() && deferred.len() == 1);
+        deferred.run(&mut later)?;
+        assert_eq!(later.completed(), ["x.weight", "w.weight"]);
+        assert_eq!([later.get(&x), later.get(&w)], [now.get(&x), now.get(&w)]);
         Ok(())
     }
 }

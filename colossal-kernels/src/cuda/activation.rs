@@ -16,17 +16,19 @@ macro_rules! activation {
             f.launch(vectors::<T>(x.len()), args![x, y, x.len() as u64])
         }
 
-        #[doc = concat!("`dx = dy * f'(x)` for [`", stringify!($name), "`].")]
+        #[doc = concat!(
+            "Backward of [`", stringify!($name), "`], in place: `x` becomes its gradient `dy * f'(x)`, and \
+             `dy` becomes `f(x)` once more."
+        )]
         pub fn $backward<T: Float>(
             stream: &Stream,
-            dy: Slice<'_, T>,
-            x: Slice<'_, T>,
-            dx: SliceMut<'_, T>,
+            dy: SliceMut<'_, T>,
+            x: SliceMut<'_, T>,
         ) -> Result<()> {
             check(stringify!($backward), dy.len(), x.len());
-            check(stringify!($backward), dy.len(), dx.len());
+            let n = x.len();
             let f = stream.function(&ACTIVATION, &[("TYPE", T::CUDA)], stringify!($backward))?;
-            f.launch(vectors::<T>(x.len()), args![dy, x, dx, x.len() as u64])
+            f.launch(vectors::<T>(n), args![dy, x, n as u64])
         }
     };
 }
@@ -61,18 +63,17 @@ pub fn swiglu<T: Float>(
     f.launch(vectors::<T>(y.len()), args![gate, up, y, y.len() as u64])
 }
 
-/// Gradients of [`swiglu`] with respect to both operands.
+/// Backward of [`swiglu`], in place: `gate` and `up` become their gradients, and `dy` becomes
+/// `silu(gate) * up` once more.
 pub fn swiglu_backward<T: Float>(
     stream: &Stream,
-    dy: Slice<'_, T>,
-    gate: Slice<'_, T>,
-    up: Slice<'_, T>,
-    dgate: SliceMut<'_, T>,
-    dup: SliceMut<'_, T>,
+    dy: SliceMut<'_, T>,
+    gate: SliceMut<'_, T>,
+    up: SliceMut<'_, T>,
 ) -> Result<()> {
-    for len in [gate.len(), up.len(), dgate.len(), dup.len()] {
-        check("swiglu_backward", dy.len(), len);
-    }
+    check("swiglu_backward", dy.len(), gate.len());
+    check("swiglu_backward", dy.len(), up.len());
+    let n = dy.len();
     let f = stream.function(&ACTIVATION, &[("TYPE", T::CUDA)], "swiglu_backward")?;
-    f.launch(vectors::<T>(dy.len()), args![dy, gate, up, dgate, dup, dy.len() as u64])
+    f.launch(vectors::<T>(n), args![dy, gate, up, n as u64])
 }

@@ -15,15 +15,11 @@ type One<'a, T> = (&'a str, fn(&[T], &mut [T]), On1<T>);
 type On1<T> = fn(&Stream, Slice<'_, T>, SliceMut<'_, T>) -> Result<()>;
 
 fn two_operands<T: Float>(stream: &Stream) {
-    let kernels: [Two<'_, T>; 8] = [
+    let kernels: [Two<'_, T>; 4] = [
         ("add", cpu::add, cuda::add),
         ("sub", cpu::sub, cuda::sub),
         ("mul", cpu::mul, cuda::mul),
         ("swiglu", cpu::swiglu, cuda::swiglu),
-        ("silu_backward", cpu::silu_backward, cuda::silu_backward),
-        ("relu_backward", cpu::relu_backward, cuda::relu_backward),
-        ("gelu_backward", cpu::gelu_backward, cuda::gelu_backward),
-        ("gelu_tanh_backward", cpu::gelu_tanh_backward, cuda::gelu_tanh_backward),
     ];
     for (name, on_cpu, on_cuda) in kernels {
         for (n, skip) in CASES {
@@ -91,18 +87,34 @@ fn added_to<T: Float>(stream: &Stream) {
     }
 }
 
-fn two_results<T: Float>(stream: &Stream) {
+type Back<T> = (&'static str, fn(&mut [T], &mut [T]), OnBack<T>);
+type OnBack<T> = fn(&Stream, SliceMut<'_, T>, SliceMut<'_, T>) -> Result<()>;
+
+fn in_place<T: Float>(stream: &Stream) {
+    let kernels: [Back<T>; 4] = [
+        ("silu_backward", cpu::silu_backward, cuda::silu_backward),
+        ("relu_backward", cpu::relu_backward, cuda::relu_backward),
+        ("gelu_backward", cpu::gelu_backward, cuda::gelu_backward),
+        ("gelu_tanh_backward", cpu::gelu_tanh_backward, cuda::gelu_tanh_backward),
+    ];
     for (n, skip) in CASES {
-        let [dy, gate, up] = [7, 8, 9].map(|seed| noise::<T>(n, seed));
-        let (mut dgate, mut dup) = (vec![T::zeroed(); n], vec![T::zeroed(); n]);
-        cpu::swiglu_backward(&dy, &gate, &up, &mut dgate, &mut dup);
-        let mut d1 = Device::new(stream, &vec![T::zeroed(); n], skip);
-        let mut d2 = Device::new(stream, &vec![T::zeroed(); n], skip);
-        let [dy, gate, up] = [dy, gate, up].map(|x| Device::new(stream, &x, skip));
-        let (dy, gate, up) = (dy.all(), gate.all(), up.all());
-        cuda::swiglu_backward(stream, dy, gate, up, d1.all_mut(), d2.all_mut()).expect("swiglu");
-        close("swiglu_backward, gate", &d1.get(), &dgate, 2e-6);
-        close("swiglu_backward, up", &d2.get(), &dup, 2e-6);
+        for (name, on_cpu, on_cuda) in kernels {
+            let mut x = [noise::<T>(n, 1), spread::<T>(n, 2)];
+            let [mut a, mut b] = x.each_ref().map(|x| Device::new(stream, x, skip));
+            let [dy, of] = &mut x;
+            on_cpu(dy, of);
+            on_cuda(stream, a.all_mut(), b.all_mut()).expect(name);
+            close(name, &a.get(), &x[0], 2e-6);
+            close(name, &b.get(), &x[1], 2e-6);
+        }
+        let mut x = [7, 8, 9].map(|seed| noise::<T>(n, seed));
+        let [mut a, mut b, mut c] = x.each_ref().map(|x| Device::new(stream, x, skip));
+        let [dy, gate, up] = &mut x;
+        cpu::swiglu_backward(dy, gate, up);
+        cuda::swiglu_backward(stream, a.all_mut(), b.all_mut(), c.all_mut()).expect("swiglu");
+        for (name, got, want) in [("result", a, &x[0]), ("gate", b, &x[1]), ("up", c, &x[2])] {
+            close(&format!("swiglu_backward, {name}"), &got.get(), want, 2e-6);
+        }
     }
 }
 
@@ -154,5 +166,5 @@ fn reductions<T: Float>(stream: &Stream) {
 }
 
 mod on_each {
-    crate::check::each_type! { two_operands one_operand added_to two_results biases casts reductions }
+    crate::check::each_type! { two_operands one_operand added_to in_place biases casts reductions }
 }

@@ -6,7 +6,7 @@ use crate::check::{activation, close, everywhere, noise, wide};
 
 #[test]
 fn activations_and_their_gradients() {
-    type Pair = (fn(&[f32], &mut [f32]), fn(&[f32], &[f32], &mut [f32]), Activation);
+    type Pair = (fn(&[f32], &mut [f32]), fn(&mut [f32], &mut [f32]), Activation);
     let all: [Pair; 4] = [
         (silu, silu_backward, Activation::Silu),
         (relu, relu_backward, Activation::Relu),
@@ -27,7 +27,9 @@ fn activations_and_their_gradients() {
                 &wide(&x).iter().map(|x| activation(kind, *x)).collect::<Vec<_>>(),
                 1e-6,
             );
-            backward(&dy, &x, &mut dx);
+            let mut again = dy.clone();
+            backward(&mut again, &mut dx);
+            assert_eq!(again, y, "{name}: the result once more");
             let want: Vec<f64> = wide(&x)
                 .iter()
                 .zip(&dy)
@@ -39,9 +41,10 @@ fn activations_and_their_gradients() {
             close(&name, &dx, &want, 2e-6);
         }
         let up: Vec<f32> = noise(x.len(), 3);
-        let (mut y, mut dg, mut du) = (x.clone(), x.clone(), x.clone());
+        let (mut y, mut again, mut dg, mut du) = (x.clone(), dy.clone(), x.clone(), up.clone());
         swiglu(&x, &up, &mut y);
-        swiglu_backward(&dy, &x, &up, &mut dg, &mut du);
+        swiglu_backward(&mut again, &mut dg, &mut du);
+        assert_eq!(again, y, "swiglu {place}: the result once more");
         for i in 0..x.len() {
             let [g, u, d] = [x[i], up[i], dy[i]].map(f64::from);
             let slope = (reference::silu(g + h) - reference::silu(g - h)) / (2.0 * h);

@@ -265,6 +265,10 @@ impl Trainer {
         let sent = self.world_bytes();
         let mut total = 0.0;
         let mut waiting = BTreeSet::new();
+        let mut squares = SquareSums::new(self.model.scope().device(), self.slots.len())?;
+        // A gradient that is complete is whole: it is squared while it is near.
+        let whole =
+            self.plan.dp == 1 && (self.plan.stage() != Stage::Two || self.plan.microbatches == 1);
         for i in 0..self.plan.microbatches {
             let forward = kernels::profile::phase("forward");
             let term = loss(&self.model, i)?;
@@ -278,6 +282,7 @@ impl Trainer {
                 stage: self.plan.stage(),
                 last: i + 1 == self.plan.microbatches,
                 waiting: &mut waiting,
+                squares: whole.then_some(&mut squares),
             };
             term.backward_into(&mut sink, None)?;
             if self.plan.stage() == Stage::Two && i + 1 < self.plan.microbatches {
@@ -286,10 +291,10 @@ impl Trainer {
         }
         // What no loss reached in the last microbatch but in an earlier one is sent now.
         for i in waiting {
-            send(&self.slots[i], &mut self.zero)?;
+            send(&self.slots[i], &mut self.zero, None)?;
         }
         self.zero.finish().map_err(zero_error)?;
-        let (norm, lr) = self.update(total)?;
+        let (norm, lr) = self.update(total, squares)?;
         let seconds = start.elapsed().as_secs_f64();
         let matrices: usize = self
             .slots
@@ -315,9 +320,9 @@ impl Trainer {
     }
 
     /// Clips, updates this rank's pieces, gathers everybody's.
-    fn update(&mut self, loss: f32) -> Result<(f32, f32)> {
+    fn update(&mut self, loss: f32, squares: SquareSums) -> Result<(f32, f32)> {
         let _update = kernels::profile::phase("update");
-        let norm = self.grad_norm()?;
+        let norm = self.grad_norm(squares)?;
         if !loss.is_finite() || !norm.is_finite() {
             self.zero.clear();
             return Err(Error::Other(format!(
@@ -409,25 +414,23 @@ impl Trainer {
         Ok((norm, lr))
     }
 
-    /// The norm of the whole gradient: each element counted once over all ranks.
-    fn grad_norm(&mut self) -> Result<f32> {
-        let slots = &self.slots;
-        let most = slots.len() + self.zero.partition().buckets().len();
-        let mut sums = SquareSums::new(self.model.scope().device(), most)?;
-        let (mut copies, mut added) = (vec![], Ok(()));
+    /// The norm of the whole gradient: each element counted once over all ranks. `squares` has the sums
+    /// of some slots.
+    fn grad_norm(&mut self, mut squares: SquareSums) -> Result<f32> {
+        let (slots, mut put) = (&self.slots, Ok(()));
         let looked = self.zero.step(|range, grad| {
-            for slot in overlapping(slots, &range) {
+            let first = first_overlapping(slots, &range);
+            for (i, slot) in overlapping(slots, &range).enumerate() {
                 let from = slot.range.start.max(range.start) - range.start;
                 let to = slot.range.end.min(range.end) - range.start;
-                copies.push(slot.copies);
-                if added.is_ok() {
-                    added = sums.add(grad.range(from..to));
+                if put.is_ok() && !squares.has(first + i) {
+                    put = squares.put(first + i, grad.range(from..to));
                 }
             }
         });
         looked.map_err(zero_error)?;
-        added?;
-        let mut sum: f64 = sums.finish()?.iter().zip(&copies).map(|(x, n)| x / n).sum();
+        put?;
+        let mut sum: f64 = squares.finish()?.iter().zip(slots).map(|(x, s)| x / s.copies).sum();
         // With stage 0 every dp rank holds the whole gradient.
         if self.plan.stage() == Stage::Zero {
             sum /= self.plan.dp as f64;
@@ -543,6 +546,8 @@ struct Sink<'a> {
     last: bool,
     /// Slots whose gradient is not complete yet.
     waiting: &'a mut BTreeSet<usize>,
+    /// The sums of squares of complete gradients, if nothing is added to them elsewhere or later.
+    squares: Option<&'a mut SquareSums>,
 }
 
 impl GradSink for Sink<'_> {
@@ -581,20 +586,31 @@ impl GradSink for Sink<'_> {
         }
         let slot = self.by_id[&param.id()];
         match self.waiting.remove(&slot) {
-            true => send(&self.trainer_slots[slot], self.zero),
+            true => {
+                let squares = self.squares.as_deref_mut().map(|squares| (squares, slot));
+                send(&self.trainer_slots[slot], self.zero, squares)
+            }
             false => Ok(()),
         }
     }
 }
 
 /// The one gradient rule: what is partial is reduced. `dp` is ZeRO's, other axes are done here.
-fn send(slot: &Slot, zero: &mut Zero<Gradients>) -> Result<()> {
+fn send(
+    slot: &Slot,
+    zero: &mut Zero<Gradients>,
+    squares: Option<(&mut SquareSums, usize)>,
+) -> Result<()> {
+    let (at, len) = (slot.range.start, slot.range.len());
     for axis in &slot.pending {
         let group = slot.param.scope().mesh().group(axis).map_err(comm)?;
-        let (grad, _) = zero.gradient(slot.range.start, slot.range.len()).map_err(zero_error)?;
+        let (grad, _) = zero.gradient(at, len).map_err(zero_error)?;
         collectives::all_reduce(group, grad, colossal_comm::ReduceOp::Sum)?;
     }
-    zero.complete(slot.range.start).map_err(zero_error)
+    if let Some((squares, i)) = squares {
+        squares.put(i, zero.gradient(at, len).map_err(zero_error)?.0.as_view())?;
+    }
+    zero.complete(at).map_err(zero_error)
 }
 
 fn comm(error: colossal_comm::Error) -> Error {

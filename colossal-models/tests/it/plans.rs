@@ -588,8 +588,10 @@ fn ring_attention_runs_32k_tokens_on_four_ranks_in_a_quarter_of_the_memory() {
     let ranks = on_ranks(4, |world| measure(&world, &plan));
     for (part, most, _) in &ranks {
         let ratios = (4.0 * part / held, 4.0 * most / peak);
-        let near = |ratio: f64| (0.9..1.1).contains(&ratio);
-        assert!(near(ratios.0) && near(ratios.1), "held, at most: {ratios:?} of a quarter");
+        let near = |ratio: f64, more: f64| (0.9..more).contains(&ratio);
+        // At most there also are the keys, values and their gradients that go around the ring.
+        let fits = near(ratios.0, 1.1) && near(ratios.1, 1.3);
+        assert!(fits, "held, at most: {ratios:?} of a quarter");
     }
     let sum: f32 = ranks.iter().map(|(.., term)| term).sum();
     assert!((sum - loss).abs() < 1e-4 * loss, "{sum} {loss}");

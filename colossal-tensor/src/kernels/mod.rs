@@ -42,18 +42,15 @@ twins! {
     add_into(x: View<'_, T>, y: ViewMut<'_, f32>);
     add_bias(x: View<'_, T>, bias: View<'_, T>, y: ViewMut<'_, T>);
     silu(x: View<'_, T>, y: ViewMut<'_, T>);
-    silu_backward(dy: View<'_, T>, x: View<'_, T>, dx: ViewMut<'_, T>);
+    silu_backward(dy: ViewMut<'_, T>, x: ViewMut<'_, T>);
     gelu(x: View<'_, T>, y: ViewMut<'_, T>);
-    gelu_backward(dy: View<'_, T>, x: View<'_, T>, dx: ViewMut<'_, T>);
+    gelu_backward(dy: ViewMut<'_, T>, x: ViewMut<'_, T>);
     gelu_tanh(x: View<'_, T>, y: ViewMut<'_, T>);
-    gelu_tanh_backward(dy: View<'_, T>, x: View<'_, T>, dx: ViewMut<'_, T>);
+    gelu_tanh_backward(dy: ViewMut<'_, T>, x: ViewMut<'_, T>);
     relu(x: View<'_, T>, y: ViewMut<'_, T>);
-    relu_backward(dy: View<'_, T>, x: View<'_, T>, dx: ViewMut<'_, T>);
+    relu_backward(dy: ViewMut<'_, T>, x: ViewMut<'_, T>);
     swiglu(gate: View<'_, T>, up: View<'_, T>, y: ViewMut<'_, T>);
-    swiglu_backward(
-        dy: View<'_, T>, gate: View<'_, T>, up: View<'_, T>,
-        dgate: ViewMut<'_, T>, dup: ViewMut<'_, T>,
-    );
+    swiglu_backward(dy: ViewMut<'_, T>, gate: ViewMut<'_, T>, up: ViewMut<'_, T>);
     rms_norm(
         x: View<'_, T>, weight: View<'_, T>, eps: f32, y: ViewMut<'_, T>, rstd: ViewMut<'_, f32>,
     );

@@ -153,44 +153,52 @@ pub fn came(
     Ok(())
 }
 
-/// Sums of squares of many vectors, read together at the end: a GPU is waited for once.
+/// Sums of squares of numbered vectors, read together at the end: a GPU is waited for once.
 #[derive(Debug)]
 pub struct SquareSums {
-    known: Vec<f64>,
-    /// Room for as many on a GPU.
+    /// On the host; zero for those that a GPU has put elsewhere.
+    sums: Vec<Option<f64>>,
+    /// Where a GPU puts them.
     there: Option<Buffer>,
-    count: usize,
 }
 
 impl SquareSums {
-    /// Room for `most` vectors on `device`.
-    pub fn new(device: &Device, most: usize) -> Result<SquareSums> {
+    /// Of `count` vectors on `device`.
+    pub fn new(device: &Device, count: usize) -> Result<SquareSums> {
         let there = match device {
             Device::Cpu => None,
-            Device::Cuda(_) => Some(Buffer::on(device, most * size_of::<f64>())?),
+            Device::Cuda(_) => Some(Buffer::on(device, count * size_of::<f64>())?),
         };
-        Ok(SquareSums { known: vec![], there, count: 0 })
+        Ok(SquareSums { sums: vec![None; count], there })
     }
 
-    /// Takes one more.
-    pub fn add(&mut self, x: View<'_, f32>) -> Result<()> {
-        match (x, &mut self.there) {
+    /// Vector `i` is `x`.
+    pub fn put(&mut self, i: usize, x: View<'_, f32>) -> Result<()> {
+        let sum = match (x, &mut self.there) {
             (View::Cuda(stream, x), Some(there)) => {
-                let slot = there.view_mut::<f64>().range(self.count..self.count + 1);
+                let slot = there.view_mut::<f64>().range(i..i + 1);
                 let mut slot = slot.on_cuda(stream)?;
                 cuda::sum_of_squares(stream, x, slot.lend())?;
+                0.0
             }
-            (x, _) => self.known.push(on_host!((x) => colossal_kernels::sum_of_squares(x))),
-        }
-        self.count += 1;
+            (x, _) => on_host!((x) => colossal_kernels::sum_of_squares(x)),
+        };
+        self.sums[i] = Some(sum);
         Ok(())
     }
 
-    /// All of them, in the order in which they were added.
+    /// Is vector `i` there?
+    pub fn has(&self, i: usize) -> bool {
+        self.sums[i].is_some()
+    }
+
+    /// The sum of each vector: zero of those that were not put.
     pub fn finish(self) -> Result<Vec<f64>> {
-        let Some(there) = self.there else { return Ok(self.known) };
-        let mut sums = vec![0.0; self.count];
-        there.view::<f64>().range(0..self.count).read(&mut sums)?;
-        Ok(sums)
+        let mut there = vec![0.0; self.sums.len()];
+        if let Some(buffer) = &self.there {
+            buffer.view::<f64>().read(&mut there)?;
+        }
+        let sum = |(here, there): (Option<f64>, f64)| here.map_or(0.0, |here| here + there);
+        Ok(self.sums.into_iter().zip(there).map(sum).collect())
     }
 }

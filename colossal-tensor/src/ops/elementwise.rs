@@ -6,7 +6,6 @@ use crate::dtype::{Dtype, float};
 use crate::error::Result;
 use crate::kernels;
 use crate::propagate::{self, propagate};
-use crate::storage::Buffer;
 use crate::tensor::Tensor;
 
 /// `y = f(x)` and `dx = f'(x) dy`, by kernels of that name.
@@ -21,18 +20,17 @@ macro_rules! activation {
                     kernels::$name(self.lend::<T>()?.view::<T>(), y.view_mut::<T>())
                 })
             })?;
-            let (x, again) = (self.detach(), self.detach());
+            let (x, again, layout) = (self.detach(), self.detach(), y.layout());
             Ok(record(op, y, &[self], move |dy, back| {
-                let dx = produce(x.scope(), x.shape(), x.dtype(), dy.layout(), |dx| {
-                    float!(op, x.dtype(), T => {
-                        let (dy, x) = (dy.lend::<T>()?, x.lend::<T>()?);
-                        let (dy, x) = (dy.view::<T>(), x.view::<T>());
-                        kernels::$backward(dy, x, dx.view_mut::<T>())
-                    })
+                let (wrap, dtype, dual) = (x.wrapper(), x.dtype(), dy.layout());
+                let (mut dy, mut x) = (dy.into_buffer()?, x.into_buffer()?);
+                float!(op, dtype, T => {
+                    kernels::$backward::<T>(dy.view_mut(), x.view_mut())
                 })?;
-                back.give(0, dx)
+                back.remake(|| wrap(dy, layout));
+                back.give(0, wrap(x, dual))
             })
-            .remade_by(move || again.$name()))
+            .remade_in_backward(move || again.$name()))
         }
     };
 }
@@ -110,26 +108,20 @@ impl Tensor {
                 kernels::swiglu(gate.view::<T>(), up.view::<T>(), y.view_mut::<T>())
             })
         })?;
-        let (gate, up_saved) = (self.detach(), up.detach());
-        let (gate_again, up_again) = (gate.clone(), up_saved.clone());
+        let (gate, kept_up, layout) = (self.detach(), up.detach(), y.layout());
+        let again = (gate.clone(), kept_up.clone());
         Ok(record("swiglu", y, &[self, up], move |dy, back| {
-            let bytes = dy.len() * dy.dtype().bytes();
-            let mut dup = Buffer::on(dy.scope().device(), bytes)?;
-            let dgate = produce(dy.scope(), dy.shape(), dy.dtype(), dy.layout(), |dgate| {
-                float!("swiglu", dy.dtype(), T => {
-                    kernels::swiglu_backward(
-                        dy.lend::<T>()?.view::<T>(),
-                        gate.lend::<T>()?.view::<T>(),
-                        up_saved.lend::<T>()?.view::<T>(),
-                        dgate.view_mut::<T>(),
-                        dup.view_mut::<T>(),
-                    )
-                })
+            let (wrap, dtype, dual) = (gate.wrapper(), gate.dtype(), dy.layout());
+            let (mut dy, mut gate, mut up) =
+                (dy.into_buffer()?, gate.into_buffer()?, kept_up.into_buffer()?);
+            float!("swiglu", dtype, T => {
+                kernels::swiglu_backward::<T>(dy.view_mut(), gate.view_mut(), up.view_mut())
             })?;
-            back.give(1, Tensor::wrap(dy.scope(), dup, dy.shape(), dy.dtype(), dy.layout()))?;
-            back.give(0, dgate)
+            back.remake(|| wrap(dy, layout));
+            back.give(1, wrap(up, dual))?;
+            back.give(0, wrap(gate, dual))
         })
-        .remade_by(move || gate_again.swiglu(&up_again)))
+        .remade_in_backward(move || again.0.swiglu(&again.1)))
     }
 
     /// The same values in another float type; the gradient is cast back.

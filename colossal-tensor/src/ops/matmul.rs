@@ -137,11 +137,10 @@ impl Tensor {
                     })
                 })?;
             }
-            // Before the gradient of x, so that x, which may be made again for it, is not there with it.
+            // Before the gradient of x, so that x, if it is made again for it, is not there with it.
             if back.wants(1) {
                 let dy = dy.clone();
-                back.weight_fresh(1, &like_w, move |dw| {
-                    let x = x.get()?;
+                back.weight_of(1, &like_w, x, move |x, dw| {
                     float!("linear", dy.dtype(), T => {
                         let (dy, x) = (dy.lend::<T>()?, x.lend::<T>()?);
                         if let Some(fp8) = fp8 {
