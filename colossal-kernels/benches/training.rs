@@ -51,7 +51,7 @@ fn memory_bound(c: &mut Criterion, count: usize) {
     });
     group.throughput(Throughput::Bytes(12 * x.len() as u64));
     group.bench_function("rms_norm_backward 1024x512", |b| {
-        b.iter(|| rms_norm_backward(&x, &x, &w, &rstd, &mut y, &mut dw));
+        b.iter(|| rms_norm_backward(&x, &x, &w, &rstd, false, &mut y, &mut dw));
     });
     group.bench_function("swiglu 1024x512", |b| b.iter(|| swiglu(&x, &x, &mut y)));
     let (mut logits, targets) = (vec![0.1f32; rows * vocab], vec![7; rows]);

@@ -35,8 +35,8 @@ KERNEL(rms_norm)
 // partials [gridDim.x, dim]
 extern "C" __global__ void __launch_bounds__(512)
     rms_norm_backward(const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ weight,
-                      const float* __restrict__ rstd, T* __restrict__ dx, float* __restrict__ partials,
-                      u32 rows, u32 dim) {
+                      const float* __restrict__ rstd, u32 add, T* __restrict__ dx,
+                      float* __restrict__ partials, u32 rows, u32 dim) {
   DYN_SMEM(float, dw);  // [dim]; a thread touches its own columns only
   row_wise<K>(dim, aligned(dy, x, weight, dx, partials), [&](auto lanes) {
     constexpr int N = lanes.n;
@@ -53,9 +53,10 @@ extern "C" __global__ void __launch_bounds__(512)
       along<N>(dim, [&](u32 i) {
         const auto d = load<N>(dy + at + i), p = load<N>(x + at + i), w = load<N>(weight + i);
         auto sum = load<N>(dw + i);
-        Floats<N> out;
+        Floats<N> out = {};
+        if (add) out = load<N>(dx + at + i);
         for (int k = 0; k < N; ++k) {
-          out.v[k] = r * (d.v[k] * w.v[k] - p.v[k] * c);
+          out.v[k] += r * (d.v[k] * w.v[k] - p.v[k] * c);
           sum.v[k] += d.v[k] * p.v[k] * r;
         }
         store(dx + at + i, out);
@@ -104,8 +105,8 @@ KERNEL(layer_norm)
 // partials [gridDim.x, 2, dim]: of the weight, of the bias
 extern "C" __global__ void __launch_bounds__(512)
     layer_norm_backward(const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ weight,
-                        const float* __restrict__ mean, const float* __restrict__ rstd, T* __restrict__ dx,
-                        float* __restrict__ partials, u32 rows, u32 dim) {
+                        const float* __restrict__ mean, const float* __restrict__ rstd, u32 add,
+                        T* __restrict__ dx, float* __restrict__ partials, u32 rows, u32 dim) {
   DYN_SMEM(float, dw);  // [2, dim]
   row_wise<K>(dim, aligned(dy, x, weight, dx, partials), [&](auto lanes) {
     constexpr int N = lanes.n;
@@ -128,10 +129,11 @@ extern "C" __global__ void __launch_bounds__(512)
       along<N>(dim, [&](u32 i) {
         const auto d = load<N>(dy + at + i), p = load<N>(x + at + i), w = load<N>(weight + i);
         auto sw = load<N>(dw + i), sb = load<N>(db + i);
-        Floats<N> out;
+        Floats<N> out = {};
+        if (add) out = load<N>(dx + at + i);
         for (int k = 0; k < N; ++k) {
           const float xhat = (p.v[k] - m) * r;
-          out.v[k] = r * (d.v[k] * w.v[k] - a - xhat * b);
+          out.v[k] += r * (d.v[k] * w.v[k] - a - xhat * b);
           sw.v[k] += d.v[k] * xhat;
           sb.v[k] += d.v[k];
         }

@@ -166,7 +166,7 @@ fn case<T: Float>(kernel: &str, sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
                 "rms_norm" => Box::new(move || rms_norm(&x, &w, 1e-5, &mut y, &mut rstd)),
                 _ => Box::new(move || {
                     let (dw, db) = (&mut dw, &mut db);
-                    layer_norm_backward(&dy, &x, &w, &mean, &rstd, &mut y, dw, db);
+                    layer_norm_backward(&dy, &x, &w, &mean, &rstd, false, &mut y, dw, db);
                 }),
             }
         }

@@ -66,25 +66,27 @@ pub fn rms_norm<T: Float>(x: &[T], weight: &[T], eps: f32, y: &mut [T], rstd: &m
     });
 }
 
-/// Gradients of [`rms_norm`]; `dweight` is added to.
+/// Gradients of [`rms_norm`]; `dweight` is added to, and `dx` with `accumulate`.
 pub fn rms_norm_backward<T: Float>(
     dy: &[T],
     x: &[T],
     weight: &[T],
     rstd: &[f32],
+    accumulate: bool,
     dx: &mut [T],
     dweight: &mut [f32],
 ) {
-    let _span = profile::moves::<T>("rms_norm_backward", x.len(), 3);
+    let _span = profile::moves::<T>("rms_norm_backward", x.len(), 3 + usize::from(accumulate));
     let dim = weight.len();
     check("rms_norm_backward", dy.len(), x.len());
     check("rms_norm_backward", dy.len(), rstd.len() * dim);
     check("rms_norm_backward", dweight.len(), dim);
-    simd! { fn write<T: Float>(dy: &[T], x: &[T], w: &[T], r: f32, c: f32, dx: &mut [T], dw: &mut [f32]) {
+    simd! { fn write<T: Float>(dy: &[T], x: &[T], w: &[T], r: f32, c: f32, accumulate: bool, dx: &mut [T], dw: &mut [f32]) {
         let n = dx.len().min(dy.len()).min(x.len()).min(w.len()).min(dw.len());
         for i in 0..n {
             let (dy, x) = (dy[i].to_f32(), x[i].to_f32());
-            dx[i] = T::from_f32(r * (dy * w[i].to_f32() - x * c));
+            let before = if accumulate { dx[i].to_f32() } else { 0.0 };
+            dx[i] = T::from_f32(before + r * (dy * w[i].to_f32() - x * c));
             dw[i] += dy * x * r;
         }
     } }
@@ -96,7 +98,7 @@ pub fn rms_norm_backward<T: Float>(
             let dx = unsafe { dx.range(at.clone()) };
             let (dy, x) = (&dy[at.clone()], &x[at]);
             let c = dot3(dy, x, weight) * rstd[r] * rstd[r] / dim as f32;
-            write(dy, x, weight, rstd[r], c, dx, &mut dw[..dim]);
+            write(dy, x, weight, rstd[r], c, accumulate, dx, &mut dw[..dim]);
         }
     });
 }
@@ -138,18 +140,19 @@ pub fn layer_norm<T: Float>(
     });
 }
 
-/// Gradients of [`layer_norm`]; `dweight` and `dbias` are added to.
+/// Gradients of [`layer_norm`]; `dweight` and `dbias` are added to, and `dx` with `accumulate`.
 pub fn layer_norm_backward<T: Float>(
     dy: &[T],
     x: &[T],
     weight: &[T],
     mean: &[f32],
     rstd: &[f32],
+    accumulate: bool,
     dx: &mut [T],
     dweight: &mut [f32],
     dbias: &mut [f32],
 ) {
-    let _span = profile::moves::<T>("layer_norm_backward", x.len(), 3);
+    let _span = profile::moves::<T>("layer_norm_backward", x.len(), 3 + usize::from(accumulate));
     let dim = weight.len();
     check("layer_norm_backward", dy.len(), x.len());
     check("layer_norm_backward", dy.len(), rstd.len() * dim);
@@ -172,12 +175,13 @@ pub fn layer_norm_backward<T: Float>(
         }
         [total(a), total(b)]
     } }
-    simd! { fn write<T: Float>(dy: &[T], x: &[T], w: &[T], stats: [f32; 4], dx: &mut [T], dw: &mut [f32], db: &mut [f32]) {
+    simd! { fn write<T: Float>(dy: &[T], x: &[T], w: &[T], stats: [f32; 4], accumulate: bool, dx: &mut [T], dw: &mut [f32], db: &mut [f32]) {
         let [m, r, a, b] = stats;
         let n = dx.len().min(dy.len()).min(x.len()).min(w.len()).min(dw.len()).min(db.len());
         for i in 0..n {
             let (dy, xhat) = (dy[i].to_f32(), (x[i].to_f32() - m) * r);
-            dx[i] = T::from_f32(r * (dy * w[i].to_f32() - a - xhat * b));
+            let before = if accumulate { dx[i].to_f32() } else { 0.0 };
+            dx[i] = T::from_f32(before + r * (dy * w[i].to_f32() - a - xhat * b));
             dw[i] += dy * xhat;
             db[i] += dy;
         }
@@ -192,7 +196,7 @@ pub fn layer_norm_backward<T: Float>(
             let (dy, x, m, r) = (&dy[at.clone()], &x[at], mean[row], rstd[row]);
             let [a, b] = sums(dy, x, weight, m, r);
             let n = dim as f32;
-            write(dy, x, weight, [m, r, a / n, b / n], dx, dw, db);
+            write(dy, x, weight, [m, r, a / n, b / n], accumulate, dx, dw, db);
         }
     });
 }

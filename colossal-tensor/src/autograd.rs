@@ -350,11 +350,27 @@ impl Backward<'_> {
         }
     }
 
+    /// Where an op puts the gradient of input `i`, in the shape of `like`, to [give](Backward::give) it: with
+    /// `true` adding it to what the input was given before, if nobody else sees that.
+    pub(crate) fn room(&mut self, i: usize, like: &Like) -> Result<(Buffer, bool)> {
+        let given = self.inputs[i].op().and_then(|id| Some((id, self.pending.remove(&id)?)));
+        if let Some((id, (node, sum))) = given {
+            let fits = sum.dtype() == like.dtype && sum.layout() == like.layout.dual();
+            let sum = match if fits { sum.into_unique() } else { Err(sum) } {
+                Ok(buffer) => return Ok((buffer, true)),
+                Err(sum) => sum,
+            };
+            self.pending.insert(id, (node, sum));
+        }
+        let bytes = like.shape.iter().product::<usize>() * like.dtype.bytes();
+        Ok((Buffer::on(like.scope.place_of(like.dtype), bytes)?, false))
+    }
+
     /// Input `i` is a weight: `add` adds its gradient to an f32 sum, now or later.
     pub(crate) fn weight(
         &mut self,
         i: usize,
-        like: &Weight,
+        like: &Like,
         add: impl FnOnce(ViewMut<'_, f32>) -> Result<()> + Send + 'static,
     ) -> Result<()> {
         self.weight_fresh(i, like, |acc| add(acc.zeroed()?))
@@ -364,7 +380,7 @@ impl Backward<'_> {
     pub(crate) fn weight_fresh(
         &mut self,
         i: usize,
-        like: &Weight,
+        like: &Like,
         add: impl FnOnce(Accumulator<'_>) -> Result<()> + Send + 'static,
     ) -> Result<()> {
         match self.inputs[i].clone() {
@@ -391,7 +407,7 @@ impl Backward<'_> {
     pub(crate) fn weight_of(
         &mut self,
         i: usize,
-        like: &Weight,
+        like: &Like,
         x: Saved,
         add: impl FnOnce(&Tensor, Accumulator<'_>) -> Result<()> + Send + 'static,
     ) -> Result<()> {
@@ -492,23 +508,28 @@ impl GradSink for Nested<'_> {
     }
 }
 
-/// What `Backward::weight` must know of a weight that is not a parameter.
+/// A tensor without its values: what its gradient will be like.
 #[derive(Clone)]
-pub(crate) struct Weight {
+pub(crate) struct Like {
     scope: Scope,
     shape: Vec<usize>,
     dtype: Dtype,
     layout: Layout,
 }
 
-impl Weight {
-    pub(crate) fn like(t: &Tensor) -> Weight {
-        Weight {
+impl Like {
+    pub(crate) fn of(t: &Tensor) -> Like {
+        Like {
             scope: t.scope().clone(),
             shape: t.shape().to_vec(),
             dtype: t.dtype(),
             layout: t.layout(),
         }
+    }
+
+    /// The gradient, whose values are in `buffer`.
+    pub(crate) fn gradient(&self, buffer: Buffer) -> Tensor {
+        Tensor::wrap(&self.scope, buffer, &self.shape, self.dtype, self.layout.dual())
     }
 }
 

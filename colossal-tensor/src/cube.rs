@@ -16,7 +16,7 @@
 
 use colossal_comm::{Group, ReduceOp};
 
-use crate::autograd::{Weight, pretended, record};
+use crate::autograd::{Like, pretended, record};
 use crate::collectives;
 use crate::device::Device;
 use crate::dtype::{Element, float};
@@ -97,7 +97,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axes: Axes) -> Result<Tensor> {
             scattered(&width, sums.view::<T>(), y.view_mut())
         })
     })?;
-    let (x_saved, w_saved, like) = (x.detach(), w.detach(), Weight::like(w));
+    let (x_saved, w_saved, like) = (x.detach(), w.detach(), Like::of(w));
     Ok(record("linear", y, &[x, w], move |dy, back| {
         let (x, dtype) = (x_saved, dy.dtype());
         let device = scope.device().clone();

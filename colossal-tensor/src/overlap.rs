@@ -14,7 +14,7 @@ use std::sync::Arc;
 use colossal_comm::Group;
 use colossal_kernels::Float;
 
-use crate::autograd::{Weight, pretended, record};
+use crate::autograd::{Like, pretended, record};
 use crate::collectives::{InFlight, shift_start};
 use crate::device::Device;
 use crate::dtype::{Element, float};
@@ -103,7 +103,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, axis: usize, kind: Kind) -> Result<
             }
         })
     })?;
-    let (x_saved, w_saved, like) = (x.detach(), w.detach(), Weight::like(w));
+    let (x_saved, w_saved, like) = (x.detach(), w.detach(), Like::of(w));
     Ok(record(op, y, &[x, w], move |dy, back| {
         let (x, dtype) = (x_saved, dy.dtype());
         let layout = x.layout().dual();

@@ -17,7 +17,7 @@
 
 use colossal_comm::{Group, ReduceOp};
 
-use crate::autograd::{Weight, pretended, record};
+use crate::autograd::{Like, pretended, record};
 use crate::collectives::{self, InFlight, broadcast_start};
 use crate::device::Device;
 use crate::dtype::{Element, float};
@@ -92,7 +92,7 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, [row, col]: [usize; 2]) -> Result<T
             })
         })
     })?;
-    let (x_saved, w_saved, like) = (x.detach(), w.detach(), Weight::like(w));
+    let (x_saved, w_saved, like) = (x.detach(), w.detach(), Like::of(w));
     Ok(record("linear", y, &[x, w], move |dy, back| {
         let x = x_saved;
         if back.wants(0) {

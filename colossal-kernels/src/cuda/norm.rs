@@ -26,7 +26,7 @@ pub fn rms_norm<T: Float>(
     f.launch(grid, args![x, weight, eps, y, rstd, count as u32, dim as u32])
 }
 
-/// Gradients of [`rms_norm`]; `dweight` is added to.
+/// Gradients of [`rms_norm`]; `dweight` is added to, and `dx` with `accumulate`.
 ///
 /// # Panics
 /// When sizes do not fit, and beyond 56 Ki columns: the gradient of the weight is summed in a
@@ -37,6 +37,7 @@ pub fn rms_norm_backward<T: Float>(
     x: Slice<'_, T>,
     weight: Slice<'_, T>,
     rstd: Slice<'_, f32>,
+    accumulate: bool,
     dx: SliceMut<'_, T>,
     dweight: SliceMut<'_, f32>,
 ) -> Result<()> {
@@ -52,8 +53,9 @@ pub fn rms_norm_backward<T: Float>(
     let f = stream.function(&NORM, &[("TYPE", T::CUDA)], "rms_norm_backward")?;
     let count = grid.blocks[0] as usize;
     stream.with_scratch(count * dim, |mut partials: SliceMut<'_, f32>| {
-        let rows = rstd.len() as u32;
-        f.launch(grid, args![dy, x, weight, rstd, dx, partials.reborrow(), rows, dim as u32])?;
+        let (rows, shares) = (rstd.len() as u32, partials.reborrow());
+        let add = u32::from(accumulate);
+        f.launch(grid, args![dy, x, weight, rstd, add, dx, shares, rows, dim as u32])?;
         add_partials(stream, partials.as_slice(), count, dim, dweight)
     })
 }
@@ -80,7 +82,7 @@ pub fn layer_norm<T: Float>(
     f.launch(grid, args![x, weight, bias, eps, y, mean, rstd, count as u32, dim as u32])
 }
 
-/// Gradients of [`layer_norm`]; `dweight` and `dbias` are added to.
+/// Gradients of [`layer_norm`]; `dweight` and `dbias` are added to, and `dx` with `accumulate`.
 ///
 /// # Panics
 /// When sizes do not fit, and beyond 28 Ki columns, as [`rms_norm_backward`] does.
@@ -91,6 +93,7 @@ pub fn layer_norm_backward<T: Float>(
     weight: Slice<'_, T>,
     mean: Slice<'_, f32>,
     rstd: Slice<'_, f32>,
+    accumulate: bool,
     dx: SliceMut<'_, T>,
     dweight: SliceMut<'_, f32>,
     dbias: SliceMut<'_, f32>,
@@ -110,7 +113,8 @@ pub fn layer_norm_backward<T: Float>(
     let count = grid.blocks[0] as usize;
     stream.with_scratch(count * 2 * dim, |mut partials: SliceMut<'_, f32>| {
         let (rows, shares) = (rstd.len() as u32, partials.reborrow());
-        f.launch(grid, args![dy, x, weight, mean, rstd, dx, shares, rows, dim as u32])?;
+        let add = u32::from(accumulate);
+        f.launch(grid, args![dy, x, weight, mean, rstd, add, dx, shares, rows, dim as u32])?;
         let partials = partials.as_slice();
         add_partials(stream, partials, count, 2 * dim, dweight)?;
         add_partials(stream, partials.range(dim..partials.len()), count, 2 * dim, dbias)

@@ -152,14 +152,19 @@ impl<'a, O: Float, E: Float> Sink<'a, O, E> {
     ) -> Option<Out> {
         let (e, stride) = (&self.epilogue, self.row_stride);
         let narrow = narrow && O::NAME == "bf16";
-        let adds = e.accumulate && (narrow || !e.is_plain());
+        let adds = e.accumulate && !e.is_plain();
         if !(narrow || O::NAME == "f32") || self.col_stride != 1 || !e.is_sum() || adds {
             return None;
         }
         let at = row * stride + col;
-        let at = self.data.at(at..at + (rows - 1) * stride + cols).cast();
-        let out = Out { narrow, ..Out::new(at, stride, e.accumulate) };
+        let end = at + (rows - 1) * stride + cols;
+        let first = self.data.at(at..end).cast();
+        let out = Out { narrow, ..Out::new(first, stride, e.accumulate) };
         let (plus, plus_stride) = match (&e.bias, &e.residual) {
+            (None, None) if narrow && e.accumulate => {
+                before(&self.data.part(at..end), stride, [rows, cols], room);
+                (room.as_ptr(), cols)
+            }
             (None, None) => return Some(out),
             (Some(bias), None) if E::NAME == "f32" => (bias[col..col + cols].as_ptr().cast(), 0),
             (None, Some(x)) if E::NAME == "f32" => {
@@ -238,6 +243,17 @@ simd! {
                     out.iter_mut().zip(both).for_each(|(o, (x, y))| *o = x.to_f32() + y.to_f32());
                 }
             }
+        }
+    }
+}
+
+simd! {
+    /// What was in the rows of a tile, which belongs to this piece alone, dense.
+    fn before<O: Float>(c: &Parts<O>, stride: usize, size: [usize; 2], out: &mut [f32]) {
+        for (i, out) in out.chunks_exact_mut(size[1]).enumerate().take(size[0]) {
+            // SAFETY: nobody else reads or writes this part of the row.
+            let row = unsafe { c.shared(i * stride..i * stride + size[1]) };
+            out.iter_mut().zip(row).for_each(|(o, x)| *o = x.to_f32());
         }
     }
 }

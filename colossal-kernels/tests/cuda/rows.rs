@@ -36,11 +36,14 @@ fn rms_norms<T: Float>(stream: &Stream) {
         cuda::rms_norm(stream, x2.all(), w2.all(), 1e-5, y2.all_mut(), rstd2.all_mut()).unwrap();
         close("rms_norm", &y2.get(), &y, 5e-6);
         close("rms_norm, rstd", &rstd2.get(), &rstd, 5e-6);
-        cpu::rms_norm_backward(&dy, &x, &w, &rstd, &mut dx, &mut dw);
-        let (dy, x, w, rstd) = (dy2.all(), x2.all(), w2.all(), rstd2.all());
-        cuda::rms_norm_backward(stream, dy, x, w, rstd, dx2.all_mut(), dw2.all_mut()).unwrap();
-        close("rms_norm_backward", &dx2.get(), &dx, 2e-5);
-        close("rms_norm_backward, weight", &dw2.get(), &dw, 2e-5);
+        for add in [false, true] {
+            cpu::rms_norm_backward(&dy, &x, &w, &rstd, add, &mut dx, &mut dw);
+            let (dy, x, w, rstd) = (dy2.all(), x2.all(), w2.all(), rstd2.all());
+            let (dx3, dw3) = (dx2.all_mut(), dw2.all_mut());
+            cuda::rms_norm_backward(stream, dy, x, w, rstd, add, dx3, dw3).unwrap();
+            close("rms_norm_backward", &dx2.get(), &dx, 2e-5);
+            close("rms_norm_backward, weight", &dw2.get(), &dw, 2e-5);
+        }
     }
 }
 
@@ -65,13 +68,15 @@ fn layer_norms<T: Float>(stream: &Stream) {
         close("layer_norm", &y2.get(), &y, 1e-5);
         close("layer_norm, mean", &mean2.get(), &mean, 5e-6);
         close("layer_norm, rstd", &rstd2.get(), &rstd, 5e-6);
-        cpu::layer_norm_backward(&dy, &x, &w, &mean, &rstd, &mut dx, &mut dw, &mut db);
-        let (dy, x, w, m, r) = (dy2.all(), x2.all(), w2.all(), mean2.all(), rstd2.all());
-        let (dx3, dw3, db3) = (dx2.all_mut(), dw2.all_mut(), db2.all_mut());
-        cuda::layer_norm_backward(stream, dy, x, w, m, r, dx3, dw3, db3).unwrap();
-        close("layer_norm_backward", &dx2.get(), &dx, 5e-5);
-        close("layer_norm_backward, weight", &dw2.get(), &dw, 2e-5);
-        close("layer_norm_backward, bias", &db2.get(), &db, 2e-5);
+        for add in [false, true] {
+            cpu::layer_norm_backward(&dy, &x, &w, &mean, &rstd, add, &mut dx, &mut dw, &mut db);
+            let (dy, x, w, m, r) = (dy2.all(), x2.all(), w2.all(), mean2.all(), rstd2.all());
+            let (dx3, dw3, db3) = (dx2.all_mut(), dw2.all_mut(), db2.all_mut());
+            cuda::layer_norm_backward(stream, dy, x, w, m, r, add, dx3, dw3, db3).unwrap();
+            close("layer_norm_backward", &dx2.get(), &dx, 5e-5);
+            close("layer_norm_backward, weight", &dw2.get(), &dw, 2e-5);
+            close("layer_norm_backward, bias", &db2.get(), &db, 2e-5);
+        }
     }
 }
 

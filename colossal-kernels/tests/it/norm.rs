@@ -5,6 +5,11 @@ use half::{bf16, f16};
 
 use crate::check::{close, dot, everywhere, noise, rounding, slope, wide};
 
+/// `a + b` in f64.
+fn added<T: Float>(a: &[T], b: &[f64]) -> Vec<f64> {
+    wide(a).iter().zip(b).map(|(a, b)| a + b).collect()
+}
+
 fn norms<T: Float>(place: &str) {
     let tolerance = 3e-6 + rounding::<T>();
     for (rows, dim) in [(1, 1), (3, 7), (70, 16), (65, 50), (2, 300)] {
@@ -18,7 +23,10 @@ fn norms<T: Float>(place: &str) {
         let (mut dx, mut dw, mut db) = (x.clone(), vec![1.0; dim], vec![1.0; dim]);
         rms_norm(&x, &w, eps, &mut y, &mut rstd);
         close(&name, &y, &reference::rms_norm(&xw, &ww, 0.25), tolerance);
-        rms_norm_backward(&dy, &x, &w, &rstd, &mut dx, &mut dw);
+        rms_norm_backward(&dy, &x, &w, &rstd, false, &mut dx, &mut dw);
+        let (mut sum, mut twice) = (dy.clone(), dw.clone());
+        rms_norm_backward(&dy, &x, &w, &rstd, true, &mut sum, &mut twice);
+        close(&name, &sum, &added(&dx, &dyw), 2.0 * tolerance);
         // Rows are independent: differences of a few elements of x, all of the weights.
         let want = slope(|w| dot(&reference::rms_norm(&xw, w, 0.25), &dyw), &ww);
         close(&name, &dw, &want.iter().map(|x| x + 1.0).collect::<Vec<_>>(), 1e-5);
@@ -31,7 +39,10 @@ fn norms<T: Float>(place: &str) {
         let mut dw = vec![1.0; dim];
         layer_norm(&x, &w, &b, eps, &mut y, &mut mean, &mut rstd);
         close(&name, &y, &reference::layer_norm(&xw, &ww, &bw, 0.25), tolerance);
-        layer_norm_backward(&dy, &x, &w, &mean, &rstd, &mut dx, &mut dw, &mut db);
+        layer_norm_backward(&dy, &x, &w, &mean, &rstd, false, &mut dx, &mut dw, &mut db);
+        let (mut sum, mut dw2, mut db2) = (dy.clone(), dw.clone(), db.clone());
+        layer_norm_backward(&dy, &x, &w, &mean, &rstd, true, &mut sum, &mut dw2, &mut db2);
+        close(&name, &sum, &added(&dx, &dyw), 2.0 * tolerance);
         let want = slope(|w| dot(&reference::layer_norm(&xw, w, &bw, 0.25), &dyw), &ww);
         close(&name, &dw, &want.iter().map(|x| x + 1.0).collect::<Vec<_>>(), 1e-5);
         let want = slope(|b| dot(&reference::layer_norm(&xw, &ww, b, 0.25), &dyw), &bw);

@@ -219,7 +219,7 @@ macro_rules! plain {
         }
     )* };
 }
-plain!(usize, i32, u32, f32);
+plain!(bool, usize, i32, u32, f32);
 
 impl<O: Operand> Operand for Option<O> {
     type Host = Option<O::Host>;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Journey;
-use crate::autograd::{Accumulator, Weight, record};
+use crate::autograd::{Accumulator, Like, record};
 use crate::dtype::float;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Part};
@@ -55,7 +55,7 @@ impl Tensor {
             })
         })?;
         let (x, w, like, journey) =
-            (self.detach(), weight.detach(), Weight::like(weight), journey.clone());
+            (self.detach(), weight.detach(), Like::of(weight), journey.clone());
         Ok(record(op, y, &[self, weight], move |dy, back| {
             if back.wants(0) {
                 let layout = x.layout().dual();
@@ -69,7 +69,7 @@ impl Tensor {
                                 let w = w.range(e * n * k..(e + 1) * n * k);
                                 let dx = dx.reborrow().range(at * k..(at + m) * k);
                                 let dy = dy.range(at * n..(at + m) * n);
-                                fp8.input_gradient([m, n, k], dy, w, dx)?;
+                                fp8.input_gradient([m, n, k], dy, w, false, dx)?;
                             }
                             return Ok(());
                         }

@@ -9,7 +9,7 @@ use colossal_comm::{Group, ReduceOp};
 
 use super::index::token_ids;
 use super::produce;
-use crate::autograd::{Weight, pretended, record};
+use crate::autograd::{Like, pretended, record};
 use crate::collectives;
 use crate::dtype::float;
 use crate::error::{Result, comm};
@@ -77,7 +77,7 @@ pub(crate) fn embedding(
             Ok(())
         })
     })?;
-    let like = Weight::like(table);
+    let like = Like::of(table);
     Ok(record("embedding", y, &[table], move |dy, back| {
         back.weight(0, &like, move |mut acc| {
             float!("embedding", dy.dtype(), T => {

@@ -66,17 +66,18 @@ impl Fp8Recipe {
         kernels::gemm_fp8(x.mat(), w.mat(), bias, false, y)
     }
 
-    /// `dx [m, k] = dy [m, n] w`.
+    /// `dx [m, k] = dy [m, n] w`, or `+=`.
     pub(crate) fn input_gradient<T: Float + Element>(
         self,
         [m, n, k]: [usize; 3],
         dy: View<'_, T>,
         w: View<'_, T>,
+        accumulate: bool,
         dx: ViewMut<'_, T>,
     ) -> Result<()> {
         let dy = Rounded::new(dy, [m, n], false, self.gradients())?;
         let w = Rounded::new(w, [n, k], true, self.weights())?;
-        kernels::gemm_fp8(dy.mat(), w.mat(), None, false, dx)
+        kernels::gemm_fp8(dy.mat(), w.mat(), None, accumulate, dx)
     }
 
     /// `dw [n, k] += dyᵀ x`.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::produce;
-use crate::autograd::{Weight, record};
+use crate::autograd::{Like, record};
 use crate::dtype::{Dtype, float};
 use crate::error::{Error, Result};
 use crate::kernels;
@@ -87,7 +87,7 @@ impl Tensor {
                 kernels::embedding(View::Cpu(&local), table.view::<T>(), dim, y.view_mut::<T>())
             })
         })?;
-        let like = Weight::like(table);
+        let like = Like::of(table);
         debug_assert!(rows > 0 || table.is_empty());
         Ok(record("embedding", y, &[table], move |dy, back| {
             back.weight(0, &like, move |acc| {

@@ -4,7 +4,7 @@ use crate::kernels::Mat;
 
 use super::fp8::refuse_elsewhere;
 use super::{produce, same_dtype};
-use crate::autograd::{Weight, record};
+use crate::autograd::{Like, record};
 use crate::dtype::float;
 use crate::error::{Error, Result};
 use crate::kernels;
@@ -116,9 +116,8 @@ impl Tensor {
             })
         })?;
         let (x, w) = (self.save(), weight.detach());
-        let (scope, x_shape, x_layout) =
-            (self.scope().clone(), self.shape().to_vec(), self.layout());
-        let (like_w, like_b) = (Weight::like(weight), bias.map(Weight::like));
+        let like_x = Like::of(self);
+        let (like_w, like_b) = (Like::of(weight), bias.map(Like::of));
         let mut inputs = vec![self, weight];
         inputs.extend(bias);
         let onto = residual.map(|_| inputs.len());
@@ -158,23 +157,23 @@ impl Tensor {
                 })?;
             }
             if back.wants(0) {
-                let dx = produce(&scope, &x_shape, dy.dtype(), x_layout.dual(), |dx| {
-                    float!("linear", dy.dtype(), T => {
-                        let (dy, w) = (dy.lend::<T>()?, w.lend::<T>()?);
-                        if let Some(fp8) = fp8 {
-                            let (dy, w) = (dy.view::<T>(), w.view::<T>());
-                            return fp8.input_gradient([m, n, k], dy, w, dx.view_mut::<T>());
-                        }
-                        kernels::gemm(
-                            Mat::new(dy.view::<T>(), m, n),
-                            Mat::new(w.view::<T>(), n, k),
-                            dx.view_mut::<T>(),
-                            None,
-                            false,
-                        )
-                    })
-                })?;
-                back.give(0, dx)?;
+                // Of several products of x each adds to what those before have left.
+                let (mut dx, accumulate) = back.room(0, &like_x)?;
+                float!("linear", dy.dtype(), T => {
+                                    let (dy, w) = (dy.lend::<T>()?, w.lend::<T>()?);
+                                    let (dy, w) = (dy.view::<T>(), w.view::<T>());
+                                    match fp8 {
+                                        Some(fp8) => {
+                 let dx = dx.view_mut::<T>();
+                 fp8.input_gradient([m, n, k], dy, w, accumulate, dx)
+                }
+                                        None => {
+                                            let (dy, w) = (Mat::new(dy, m, n), Mat::new(w, n, k));
+                                            kernels::gemm(dy, w, dx.view_mut::<T>(), None, accumulate)
+                                        }
+                                    }
+                                })?;
+                back.give(0, like_x.gradient(dx))?;
             }
             Ok(())
         }))
@@ -222,7 +221,7 @@ impl Tensor {
                 kernels::add_bias(x.view::<T>(), b.view::<T>(), y.view_mut::<T>())
             })
         })?;
-        let like = Weight::like(bias);
+        let like = Like::of(bias);
         Ok(record("add_bias", y, &[self, bias], move |dy, back| {
             let rows = dy.clone();
             back.weight(1, &like, move |db| {

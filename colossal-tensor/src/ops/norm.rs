@@ -2,7 +2,7 @@
 
 use super::wide_norm::width_axes;
 use super::{produce, same_dtype};
-use crate::autograd::{Weight, record};
+use crate::autograd::{Like, record};
 use crate::dtype::float;
 use crate::error::{Error, Result};
 use crate::kernels;
@@ -25,24 +25,25 @@ impl Tensor {
                 kernels::rms_norm(x, w, eps, y.view_mut::<T>(), rstd.view_mut())
             })
         })?;
-        let (x, w, like) = (self.detach(), weight.detach(), Weight::like(weight));
+        let (x, w, like) = (self.detach(), weight.detach(), Like::of(weight));
         let again = (x.clone(), w.clone());
         Ok(record("rms_norm", y, &[self, weight], move |dy, back| {
             let mut dw = Buffer::zeros_on::<f32>(w.scope().device(), w.len())?;
-            let dx = produce(x.scope(), x.shape(), x.dtype(), dy.layout(), |dx| {
-                float!("rms_norm", x.dtype(), T => {
-                    kernels::rms_norm_backward(
-                        dy.lend::<T>()?.view::<T>(),
-                        x.lend::<T>()?.view::<T>(),
-                        w.lend::<T>()?.view::<T>(),
-                        rstd.view(),
-                        dx.view_mut::<T>(),
-                        dw.view_mut(),
-                    )
-                })
+            let like_x = Like::of(&x);
+            let (mut dx, accumulate) = back.room(0, &like_x)?;
+            float!("rms_norm", x.dtype(), T => {
+                kernels::rms_norm_backward(
+                    dy.lend::<T>()?.view::<T>(),
+                    x.lend::<T>()?.view::<T>(),
+                    w.lend::<T>()?.view::<T>(),
+                    rstd.view(),
+                    accumulate,
+                    dx.view_mut::<T>(),
+                    dw.view_mut(),
+                )
             })?;
             back.weight(1, &like, move |acc| kernels::add_assign(dw.view::<f32>(), acc))?;
-            back.give(0, dx)
+            back.give(0, like_x.gradient(dx))
         })
         .remade_by(move || again.0.rms_norm(&again.1, eps)))
     }
@@ -73,27 +74,28 @@ impl Tensor {
         })?;
         let (x, w) = (self.detach(), weight.detach());
         let again = (x.clone(), w.clone(), bias.detach());
-        let (like_w, like_b) = (Weight::like(weight), Weight::like(bias));
+        let (like_w, like_b) = (Like::of(weight), Like::of(bias));
         Ok(record("layer_norm", y, &[self, weight, bias], move |dy, back| {
             let mut dw = Buffer::zeros_on::<f32>(w.scope().device(), w.len())?;
             let mut db = Buffer::zeros_on::<f32>(w.scope().device(), w.len())?;
-            let dx = produce(x.scope(), x.shape(), x.dtype(), dy.layout(), |dx| {
-                float!("layer_norm", x.dtype(), T => {
-                    kernels::layer_norm_backward(
-                        dy.lend::<T>()?.view::<T>(),
-                        x.lend::<T>()?.view::<T>(),
-                        w.lend::<T>()?.view::<T>(),
-                        mean.view(),
-                        rstd.view(),
-                        dx.view_mut::<T>(),
-                        dw.view_mut(),
-                        db.view_mut(),
-                    )
-                })
+            let like_x = Like::of(&x);
+            let (mut dx, accumulate) = back.room(0, &like_x)?;
+            float!("layer_norm", x.dtype(), T => {
+                kernels::layer_norm_backward(
+                    dy.lend::<T>()?.view::<T>(),
+                    x.lend::<T>()?.view::<T>(),
+                    w.lend::<T>()?.view::<T>(),
+                    mean.view(),
+                    rstd.view(),
+                    accumulate,
+                    dx.view_mut::<T>(),
+                    dw.view_mut(),
+                    db.view_mut(),
+                )
             })?;
             back.weight(1, &like_w, move |acc| kernels::add_assign(dw.view::<f32>(), acc))?;
             back.weight(2, &like_b, move |acc| kernels::add_assign(db.view::<f32>(), acc))?;
-            back.give(0, dx)
+            back.give(0, like_x.gradient(dx))
         })
         .remade_by(move || again.0.layer_norm(&again.1, &again.2, eps)))
     }

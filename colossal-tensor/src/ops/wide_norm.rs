@@ -6,7 +6,7 @@
 use colossal_comm::ReduceOp;
 
 use super::produce;
-use crate::autograd::{Weight, pretended, record};
+use crate::autograd::{Like, pretended, record};
 use crate::collectives;
 use crate::dtype::float;
 use crate::error::{Result, comm};
@@ -65,7 +65,7 @@ pub(crate) fn norm(
     })?;
     let axes = axes.to_vec();
     let (x_saved, w_saved) = (x.detach(), weight.detach());
-    let likes: Vec<Weight> = std::iter::once(weight).chain(bias).map(Weight::like).collect();
+    let likes: Vec<Like> = std::iter::once(weight).chain(bias).map(Like::of).collect();
     let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
     Ok(record("norm", y, &inputs, move |dy, back| {
         let (mean, variance) = (mean.view(), variance.view());
