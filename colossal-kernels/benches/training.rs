@@ -43,16 +43,17 @@ fn memory_bound(c: &mut Criterion, count: usize) {
     group.sample_size(10);
     let (rows, dim, vocab) = (1024, 512, 8192);
     let (x, w) = (vec![0.5f32; rows * dim], vec![1.0f32; dim]);
-    let (mut y, mut rstd) = (x.clone(), vec![0.0; rows]);
+    let (mut y, mut dy, mut rstd) = (x.clone(), x.clone(), vec![0.0; rows]);
     let mut dw = vec![0.0; dim];
     group.throughput(Throughput::Bytes(8 * x.len() as u64));
     group.bench_function("rms_norm 1024x512", |b| {
         b.iter(|| rms_norm(&x, &w, 1e-5, &mut y, &mut rstd));
     });
-    group.throughput(Throughput::Bytes(12 * x.len() as u64));
+    group.throughput(Throughput::Bytes(16 * x.len() as u64));
     group.bench_function("rms_norm_backward 1024x512", |b| {
-        b.iter(|| rms_norm_backward(&x, &x, &w, &rstd, false, &mut y, &mut dw));
+        b.iter(|| rms_norm_backward(&mut dy, &x, &w, &rstd, false, &mut y, &mut dw));
     });
+    group.throughput(Throughput::Bytes(12 * x.len() as u64));
     group.bench_function("swiglu 1024x512", |b| b.iter(|| swiglu(&x, &x, &mut y)));
     let (mut logits, targets) = (vec![0.1f32; rows * vocab], vec![7; rows]);
     let (mut loss, mut lse, dloss) = (vec![0.0; rows], vec![0.0; rows], vec![0.0001; rows]);

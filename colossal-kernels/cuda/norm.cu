@@ -34,7 +34,7 @@ KERNEL(rms_norm)
 
 // partials [gridDim.x, dim]
 extern "C" __global__ void __launch_bounds__(512)
-    rms_norm_backward(const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ weight,
+    rms_norm_backward(T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ weight,
                       const float* __restrict__ rstd, u32 add, T* __restrict__ dx,
                       float* __restrict__ partials, u32 rows, u32 dim) {
   DYN_SMEM(float, dw);  // [dim]; a thread touches its own columns only
@@ -51,14 +51,17 @@ extern "C" __global__ void __launch_bounds__(512)
       });
       const float c = block_sum(dot) * r * r / dim;
       along<N>(dim, [&](u32 i) {
-        const auto d = load<N>(dy + at + i), p = load<N>(x + at + i), w = load<N>(weight + i);
+        auto d = load<N>(dy + at + i);
+        const auto p = load<N>(x + at + i), w = load<N>(weight + i);
         auto sum = load<N>(dw + i);
         Floats<N> out = {};
         if (add) out = load<N>(dx + at + i);
         for (int k = 0; k < N; ++k) {
           out.v[k] += r * (d.v[k] * w.v[k] - p.v[k] * c);
           sum.v[k] += d.v[k] * p.v[k] * r;
+          d.v[k] = p.v[k] * r * w.v[k];
         }
+        store(dy + at + i, d);
         store(dx + at + i, out);
         store(dw + i, sum);
       });
@@ -104,11 +107,11 @@ KERNEL(layer_norm)
 
 // partials [gridDim.x, 2, dim]: of the weight, of the bias
 extern "C" __global__ void __launch_bounds__(512)
-    layer_norm_backward(const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ weight,
-                        const float* __restrict__ mean, const float* __restrict__ rstd, u32 add,
+    layer_norm_backward(T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ weight,
+                        const T* __restrict__ bias, const float* __restrict__ mean, const float* __restrict__ rstd, u32 add,
                         T* __restrict__ dx, float* __restrict__ partials, u32 rows, u32 dim) {
   DYN_SMEM(float, dw);  // [2, dim]
-  row_wise<K>(dim, aligned(dy, x, weight, dx, partials), [&](auto lanes) {
+  row_wise<K>(dim, aligned(dy, x, weight, bias, dx, partials), [&](auto lanes) {
     constexpr int N = lanes.n;
     float* const db = dw + dim;
     along<N>(dim, [&](u32 i) { for (int k = 0; k < N; ++k) dw[i + k] = db[i + k] = 0.0f; });
@@ -127,7 +130,8 @@ extern "C" __global__ void __launch_bounds__(512)
       block_sum(sums);
       const float a = sums[0] / dim, b = sums[1] / dim;
       along<N>(dim, [&](u32 i) {
-        const auto d = load<N>(dy + at + i), p = load<N>(x + at + i), w = load<N>(weight + i);
+        auto d = load<N>(dy + at + i);
+        const auto p = load<N>(x + at + i), w = load<N>(weight + i), b0 = load<N>(bias + i);
         auto sw = load<N>(dw + i), sb = load<N>(db + i);
         Floats<N> out = {};
         if (add) out = load<N>(dx + at + i);
@@ -136,7 +140,9 @@ extern "C" __global__ void __launch_bounds__(512)
           out.v[k] += r * (d.v[k] * w.v[k] - a - xhat * b);
           sw.v[k] += d.v[k] * xhat;
           sb.v[k] += d.v[k];
+          d.v[k] = xhat * w.v[k] + b0.v[k];
         }
+        store(dy + at + i, d);
         store(dx + at + i, out);
         store(dw + i, sw);
         store(db + i, sb);

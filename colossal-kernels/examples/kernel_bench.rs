@@ -155,7 +155,7 @@ fn case<T: Float>(kernel: &str, sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
             }
         }
         ("layer_norm" | "layer_norm_backward" | "rms_norm", &[rows, dim]) => {
-            let (x, dy) = (noise::<T>(rows * dim, 1), noise::<T>(rows * dim, 2));
+            let (x, mut dy) = (noise::<T>(rows * dim, 1), noise::<T>(rows * dim, 2));
             let (w, b, mut y) = (noise::<T>(dim, 3), noise::<T>(dim, 4), noise::<T>(rows * dim, 5));
             let (mut mean, mut rstd) = (vec![0.0; rows], vec![1.0; rows]);
             let (mut dw, mut db) = (vec![0.0; dim], vec![0.0; dim]);
@@ -166,7 +166,7 @@ fn case<T: Float>(kernel: &str, sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
                 "rms_norm" => Box::new(move || rms_norm(&x, &w, 1e-5, &mut y, &mut rstd)),
                 _ => Box::new(move || {
                     let (dw, db) = (&mut dw, &mut db);
-                    layer_norm_backward(&dy, &x, &w, &mean, &rstd, false, &mut y, dw, db);
+                    layer_norm_backward(&mut dy, &x, &w, &b, &mean, &rstd, false, &mut y, dw, db);
                 }),
             }
         }

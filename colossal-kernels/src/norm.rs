@@ -66,9 +66,10 @@ pub fn rms_norm<T: Float>(x: &[T], weight: &[T], eps: f32, y: &mut [T], rstd: &m
     });
 }
 
-/// Gradients of [`rms_norm`]; `dweight` is added to, and `dx` with `accumulate`.
+/// Gradients of [`rms_norm`]; `dweight` is added to, and `dx` with `accumulate`. `dy` becomes the result of
+/// [`rms_norm`] once more: the product that took it needs it for the gradient of its weight.
 pub fn rms_norm_backward<T: Float>(
-    dy: &[T],
+    dy: &mut [T],
     x: &[T],
     weight: &[T],
     rstd: &[f32],
@@ -76,27 +77,28 @@ pub fn rms_norm_backward<T: Float>(
     dx: &mut [T],
     dweight: &mut [f32],
 ) {
-    let _span = profile::moves::<T>("rms_norm_backward", x.len(), 3 + usize::from(accumulate));
+    let _span = profile::moves::<T>("rms_norm_backward", x.len(), 4 + usize::from(accumulate));
     let dim = weight.len();
     check("rms_norm_backward", dy.len(), x.len());
     check("rms_norm_backward", dy.len(), rstd.len() * dim);
     check("rms_norm_backward", dweight.len(), dim);
-    simd! { fn write<T: Float>(dy: &[T], x: &[T], w: &[T], r: f32, c: f32, accumulate: bool, dx: &mut [T], dw: &mut [f32]) {
-        let n = dx.len().min(dy.len()).min(x.len()).min(w.len()).min(dw.len());
+    simd! { fn write<T: Float>(y: &mut [T], x: &[T], w: &[T], r: f32, c: f32, accumulate: bool, dx: &mut [T], dw: &mut [f32]) {
+        let n = dx.len().min(y.len()).min(x.len()).min(w.len()).min(dw.len());
         for i in 0..n {
-            let (dy, x) = (dy[i].to_f32(), x[i].to_f32());
+            let (dy, x) = (y[i].to_f32(), x[i].to_f32());
+            y[i] = T::from_f32(x * r * w[i].to_f32());
             let before = if accumulate { dx[i].to_f32() } else { 0.0 };
             dx[i] = T::from_f32(before + r * (dy * w[i].to_f32() - x * c));
             dw[i] += dy * x * r;
         }
     } }
-    let dx = Parts::new(dx);
+    let (dy, dx) = (Parts::new(dy), Parts::new(dx));
     with_partials(rstd.len(), &mut [dweight], |range, dw| {
         for r in range {
             let at = r * dim..(r + 1) * dim;
             // SAFETY: each row belongs to one piece.
-            let dx = unsafe { dx.range(at.clone()) };
-            let (dy, x) = (&dy[at.clone()], &x[at]);
+            let (dy, dx) = unsafe { (dy.range(at.clone()), dx.range(at.clone())) };
+            let x = &x[at];
             let c = dot3(dy, x, weight) * rstd[r] * rstd[r] / dim as f32;
             write(dy, x, weight, rstd[r], c, accumulate, dx, &mut dw[..dim]);
         }
@@ -140,11 +142,13 @@ pub fn layer_norm<T: Float>(
     });
 }
 
-/// Gradients of [`layer_norm`]; `dweight` and `dbias` are added to, and `dx` with `accumulate`.
+/// Gradients of [`layer_norm`]; `dweight` and `dbias` are added to, and `dx` with `accumulate`. `dy` becomes the
+/// result of [`layer_norm`] once more, as with [`rms_norm_backward`].
 pub fn layer_norm_backward<T: Float>(
-    dy: &[T],
+    dy: &mut [T],
     x: &[T],
     weight: &[T],
+    bias: &[T],
     mean: &[f32],
     rstd: &[f32],
     accumulate: bool,
@@ -152,11 +156,12 @@ pub fn layer_norm_backward<T: Float>(
     dweight: &mut [f32],
     dbias: &mut [f32],
 ) {
-    let _span = profile::moves::<T>("layer_norm_backward", x.len(), 3 + usize::from(accumulate));
+    let _span = profile::moves::<T>("layer_norm_backward", x.len(), 4 + usize::from(accumulate));
     let dim = weight.len();
     check("layer_norm_backward", dy.len(), x.len());
     check("layer_norm_backward", dy.len(), rstd.len() * dim);
     check("layer_norm_backward", dweight.len(), dim);
+    check("layer_norm_backward", bias.len(), dim);
     check("layer_norm_backward", dbias.len(), dim);
     simd! { fn sums<T: Float>(dy: &[T], x: &[T], w: &[T], m: f32, r: f32) -> [f32; 2] {
         let (mut a, mut b) = ([0.0f32; LANES], [0.0f32; LANES]);
@@ -175,28 +180,29 @@ pub fn layer_norm_backward<T: Float>(
         }
         [total(a), total(b)]
     } }
-    simd! { fn write<T: Float>(dy: &[T], x: &[T], w: &[T], stats: [f32; 4], accumulate: bool, dx: &mut [T], dw: &mut [f32], db: &mut [f32]) {
+    simd! { fn write<T: Float>(y: &mut [T], x: &[T], w: &[T], bias: &[T], stats: [f32; 4], accumulate: bool, dx: &mut [T], dw: &mut [f32], db: &mut [f32]) {
         let [m, r, a, b] = stats;
-        let n = dx.len().min(dy.len()).min(x.len()).min(w.len()).min(dw.len()).min(db.len());
-        for i in 0..n {
-            let (dy, xhat) = (dy[i].to_f32(), (x[i].to_f32() - m) * r);
+        let n = dx.len().min(y.len()).min(x.len()).min(w.len()).min(dw.len()).min(db.len());
+        for i in 0..n.min(bias.len()) {
+            let (dy, xhat) = (y[i].to_f32(), (x[i].to_f32() - m) * r);
+            y[i] = T::from_f32(xhat * w[i].to_f32() + bias[i].to_f32());
             let before = if accumulate { dx[i].to_f32() } else { 0.0 };
             dx[i] = T::from_f32(before + r * (dy * w[i].to_f32() - a - xhat * b));
             dw[i] += dy * xhat;
             db[i] += dy;
         }
     } }
-    let dx = Parts::new(dx);
+    let (dy, dx) = (Parts::new(dy), Parts::new(dx));
     with_partials(rstd.len(), &mut [dweight, dbias], |range, partials| {
         let (dw, db) = partials.split_at_mut(dim);
         for row in range {
             let at = row * dim..(row + 1) * dim;
             // SAFETY: each row belongs to one piece.
-            let dx = unsafe { dx.range(at.clone()) };
-            let (dy, x, m, r) = (&dy[at.clone()], &x[at], mean[row], rstd[row]);
+            let (dy, dx) = unsafe { (dy.range(at.clone()), dx.range(at.clone())) };
+            let (x, m, r) = (&x[at], mean[row], rstd[row]);
             let [a, b] = sums(dy, x, weight, m, r);
             let n = dim as f32;
-            write(dy, x, weight, [m, r, a / n, b / n], accumulate, dx, dw, db);
+            write(dy, x, weight, bias, [m, r, a / n, b / n], accumulate, dx, dw, db);
         }
     });
 }

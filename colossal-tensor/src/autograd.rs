@@ -411,7 +411,8 @@ impl Backward<'_> {
         x: Saved,
         add: impl FnOnce(&Tensor, Accumulator<'_>) -> Result<()> + Send + 'static,
     ) -> Result<()> {
-        let recipe = x.awaits().filter(|recipe| recipe.op() == self.inputs[0].op()).cloned();
+        let before = self.inputs[0].op();
+        let recipe = x.recipe().filter(|recipe| Some(recipe.op()) == before).cloned();
         let add = move |acc: Accumulator<'_>| add(&x.get()?, acc);
         match (recipe, &self.inputs[i]) {
             (Some(recipe), Edge::Leaf(param)) => {
@@ -432,7 +433,7 @@ impl Backward<'_> {
 
     /// Takes the jobs that wait for the result of an op, which is about to make it.
     fn await_op(&mut self, id: u64) -> Vec<Job> {
-        let waits = |(recipe, _): &mut (Arc<Recipe>, Job)| recipe.op() == Some(id);
+        let waits = |(recipe, _): &mut (Arc<Recipe>, Job)| recipe.op() == id;
         let (recipes, jobs): (Vec<_>, _) = self.waiting.extract_if(.., waits).unzip();
         self.awaited = recipes.into_iter().next();
         if let Some(recipe) = &self.awaited {
@@ -525,6 +526,11 @@ impl Like {
             dtype: t.dtype(),
             layout: t.layout(),
         }
+    }
+
+    /// Another tensor of this shape and type.
+    pub(crate) fn value(&self, buffer: Buffer, layout: Layout) -> Tensor {
+        Tensor::wrap(&self.scope, buffer, &self.shape, self.dtype, layout)
     }
 
     /// The gradient, whose values are in `buffer`.

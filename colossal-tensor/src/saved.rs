@@ -1,10 +1,9 @@
 //! What an op keeps of an operand for its backward pass: the values, or how to compute them again.
 //!
-//! Outputs of activations and norms are cheap to compute from what their own backward keeps anyway,
-//! so a product that takes one keeps the recipe: the values go when the forward pass drops them,
-//! and exist once more while the products that share them run backward. Backward of an activation makes
-//! them on its way: there the gradient of the product's weight waits for it. Same formula, same inputs: the
-//! same bits.
+//! Outputs of activations and norms are cheap to compute from what their own backward keeps anyway, so a
+//! product that takes one keeps the recipe: the values go when the forward pass drops them. Backward of the
+//! activation makes them once more on its way, in the place of the gradient that it was given, and the
+//! gradient of the product's weight waits for that. Same formula, same inputs: the same bits.
 
 use std::sync::Arc;
 
@@ -17,7 +16,7 @@ use crate::tensor::Tensor;
 /// How to compute a tensor again. Shared by all who keep it; the last to go takes the values along.
 pub(crate) struct Recipe {
     /// The op whose backward makes the values.
-    op: Option<u64>,
+    op: u64,
     state: Mutex<State>,
 }
 
@@ -31,7 +30,7 @@ enum State {
 
 impl Recipe {
     /// The number of the op whose backward makes the values.
-    pub(crate) fn op(&self) -> Option<u64> {
+    pub(crate) fn op(&self) -> u64 {
         self.op
     }
 
@@ -77,10 +76,10 @@ impl Saved {
         }
     }
 
-    /// The recipe, if backward of an op fills it.
-    pub(crate) fn awaits(&self) -> Option<&Arc<Recipe>> {
+    /// The recipe, if there is no more.
+    pub(crate) fn recipe(&self) -> Option<&Arc<Recipe>> {
         match self {
-            Saved::Recipe(recipe) => recipe.op.is_some().then_some(recipe),
+            Saved::Recipe(recipe) => Some(recipe),
             Saved::Values(_) => None,
         }
     }
@@ -95,27 +94,15 @@ impl Tensor {
         }
     }
 
-    /// Says that `make` computes this tensor from what backward keeps in any case.
+    /// Says that backward of this tensor's op [makes it once more](crate::autograd::Backward::remake), and that
+    /// `make` does, from what backward keeps in any case, for those who cannot wait.
     pub(crate) fn remade_by(self, make: impl Fn() -> Result<Tensor> + Send + 'static) -> Tensor {
-        self.remade(make, None)
-    }
-
-    /// As [`Tensor::remade_by`]; backward of the op [makes](crate::autograd::Backward::remake) it, too.
-    pub(crate) fn remade_in_backward(
-        self,
-        make: impl Fn() -> Result<Tensor> + Send + 'static,
-    ) -> Tensor {
-        let op = self.edge().op();
-        self.remade(make, op)
-    }
-
-    fn remade(self, make: impl Fn() -> Result<Tensor> + Send + 'static, op: Option<u64>) -> Tensor {
-        match self.requires_grad() {
-            true => {
+        match self.edge().op() {
+            Some(op) => {
                 let state = Mutex::new(State::Kept(Box::new(make)));
                 self.with_recipe(Arc::new(Recipe { op, state }))
             }
-            false => self,
+            None => self,
         }
     }
 }

@@ -26,14 +26,15 @@ pub fn rms_norm<T: Float>(
     f.launch(grid, args![x, weight, eps, y, rstd, count as u32, dim as u32])
 }
 
-/// Gradients of [`rms_norm`]; `dweight` is added to, and `dx` with `accumulate`.
+/// Gradients of [`rms_norm`]; `dweight` is added to, and `dx` with `accumulate`. `dy` becomes the result of
+/// [`rms_norm`] once more.
 ///
 /// # Panics
 /// When sizes do not fit, and beyond 56 Ki columns: the gradient of the weight is summed in a
 /// block's shared memory.
 pub fn rms_norm_backward<T: Float>(
     stream: &Stream,
-    dy: Slice<'_, T>,
+    dy: SliceMut<'_, T>,
     x: Slice<'_, T>,
     weight: Slice<'_, T>,
     rstd: Slice<'_, f32>,
@@ -82,15 +83,17 @@ pub fn layer_norm<T: Float>(
     f.launch(grid, args![x, weight, bias, eps, y, mean, rstd, count as u32, dim as u32])
 }
 
-/// Gradients of [`layer_norm`]; `dweight` and `dbias` are added to, and `dx` with `accumulate`.
+/// Gradients of [`layer_norm`]; `dweight` and `dbias` are added to, and `dx` with `accumulate`. `dy` becomes the
+/// result of [`layer_norm`] once more.
 ///
 /// # Panics
 /// When sizes do not fit, and beyond 28 Ki columns, as [`rms_norm_backward`] does.
 pub fn layer_norm_backward<T: Float>(
     stream: &Stream,
-    dy: Slice<'_, T>,
+    dy: SliceMut<'_, T>,
     x: Slice<'_, T>,
     weight: Slice<'_, T>,
+    bias: Slice<'_, T>,
     mean: Slice<'_, f32>,
     rstd: Slice<'_, f32>,
     accumulate: bool,
@@ -104,6 +107,7 @@ pub fn layer_norm_backward<T: Float>(
     check("layer_norm_backward", dy.len(), rstd.len() * dim);
     check("layer_norm_backward", mean.len(), rstd.len());
     check("layer_norm_backward", dweight.len(), dim);
+    check("layer_norm_backward", bias.len(), dim);
     check("layer_norm_backward", dbias.len(), dim);
     let grid = shares::<T>(stream, "layer_norm_backward", rstd.len(), dim, 2);
     if grid.blocks[0] == 0 || dim == 0 {
@@ -114,7 +118,7 @@ pub fn layer_norm_backward<T: Float>(
     stream.with_scratch(count * 2 * dim, |mut partials: SliceMut<'_, f32>| {
         let (rows, shares) = (rstd.len() as u32, partials.reborrow());
         let add = u32::from(accumulate);
-        f.launch(grid, args![dy, x, weight, mean, rstd, add, dx, shares, rows, dim as u32])?;
+        f.launch(grid, args![dy, x, weight, bias, mean, rstd, add, dx, shares, rows, dim as u32])?;
         let partials = partials.as_slice();
         add_partials(stream, partials, count, 2 * dim, dweight)?;
         add_partials(stream, partials.range(dim..partials.len()), count, 2 * dim, dbias)

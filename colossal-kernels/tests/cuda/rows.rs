@@ -28,7 +28,7 @@ fn rms_norms<T: Float>(stream: &Stream) {
         let (mut y, mut rstd) = (zeros(n), zeros(rows));
         cpu::rms_norm(&x, &w, 1e-5, &mut y, &mut rstd);
         let (mut dx, mut dw) = (zeros(n), noise::<f32>(dim, 4));
-        let [x2, w2, dy2] = [&x, &w, &dy].map(|x| Device::new(stream, x, skip));
+        let [x2, w2] = [&x, &w].map(|x| Device::new(stream, x, skip));
         let mut y2 = Device::new(stream, &zeros::<T>(n), skip);
         let mut rstd2 = Device::new(stream, &zeros::<f32>(rows), 0);
         let mut dx2 = Device::new(stream, &zeros::<T>(n), skip);
@@ -37,10 +37,12 @@ fn rms_norms<T: Float>(stream: &Stream) {
         close("rms_norm", &y2.get(), &y, 5e-6);
         close("rms_norm, rstd", &rstd2.get(), &rstd, 5e-6);
         for add in [false, true] {
-            cpu::rms_norm_backward(&dy, &x, &w, &rstd, add, &mut dx, &mut dw);
-            let (dy, x, w, rstd) = (dy2.all(), x2.all(), w2.all(), rstd2.all());
-            let (dx3, dw3) = (dx2.all_mut(), dw2.all_mut());
-            cuda::rms_norm_backward(stream, dy, x, w, rstd, add, dx3, dw3).unwrap();
+            let (mut back, mut back2) = (dy.clone(), Device::new(stream, &dy, skip));
+            cpu::rms_norm_backward(&mut back, &x, &w, &rstd, add, &mut dx, &mut dw);
+            let (x, w, rstd) = (x2.all(), w2.all(), rstd2.all());
+            let (dy3, dx3, dw3) = (back2.all_mut(), dx2.all_mut(), dw2.all_mut());
+            cuda::rms_norm_backward(stream, dy3, x, w, rstd, add, dx3, dw3).unwrap();
+            close("rms_norm_backward, result", &back2.get(), &back, 5e-6);
             close("rms_norm_backward", &dx2.get(), &dx, 2e-5);
             close("rms_norm_backward, weight", &dw2.get(), &dw, 2e-5);
         }
@@ -57,7 +59,7 @@ fn layer_norms<T: Float>(stream: &Stream) {
         let (mut y, mut mean, mut rstd) = (zeros(n), zeros(rows), zeros(rows));
         cpu::layer_norm(&x, &w, &b, 1e-5, &mut y, &mut mean, &mut rstd);
         let (mut dx, mut dw, mut db) = (zeros(n), noise::<f32>(dim, 5), noise::<f32>(dim, 6));
-        let [x2, w2, b2, dy2] = [&x, &w, &b, &dy].map(|x| Device::new(stream, x, skip));
+        let [x2, w2, b2] = [&x, &w, &b].map(|x| Device::new(stream, x, skip));
         let mut y2 = Device::new(stream, &zeros::<T>(n), skip);
         let mut mean2 = Device::new(stream, &zeros::<f32>(rows), 0);
         let mut rstd2 = Device::new(stream, &zeros::<f32>(rows), 0);
@@ -69,10 +71,14 @@ fn layer_norms<T: Float>(stream: &Stream) {
         close("layer_norm, mean", &mean2.get(), &mean, 5e-6);
         close("layer_norm, rstd", &rstd2.get(), &rstd, 5e-6);
         for add in [false, true] {
-            cpu::layer_norm_backward(&dy, &x, &w, &mean, &rstd, add, &mut dx, &mut dw, &mut db);
-            let (dy, x, w, m, r) = (dy2.all(), x2.all(), w2.all(), mean2.all(), rstd2.all());
-            let (dx3, dw3, db3) = (dx2.all_mut(), dw2.all_mut(), db2.all_mut());
-            cuda::layer_norm_backward(stream, dy, x, w, m, r, add, dx3, dw3, db3).unwrap();
+            let (mut back, mut back2) = (dy.clone(), Device::new(stream, &dy, skip));
+            let (dw1, db1) = (&mut dw, &mut db);
+            cpu::layer_norm_backward(&mut back, &x, &w, &b, &mean, &rstd, add, &mut dx, dw1, db1);
+            let (x, w, b, m, r) = (x2.all(), w2.all(), b2.all(), mean2.all(), rstd2.all());
+            let (dy3, dx3) = (back2.all_mut(), dx2.all_mut());
+            let (dw3, db3) = (dw2.all_mut(), db2.all_mut());
+            cuda::layer_norm_backward(stream, dy3, x, w, b, m, r, add, dx3, dw3, db3).unwrap();
+            close("layer_norm_backward, result", &back2.get(), &back, 1e-5);
             close("layer_norm_backward", &dx2.get(), &dx, 5e-5);
             close("layer_norm_backward, weight", &dw2.get(), &dw, 2e-5);
             close("layer_norm_backward, bias", &db2.get(), &db, 2e-5);

@@ -23,9 +23,11 @@ fn norms<T: Float>(place: &str) {
         let (mut dx, mut dw, mut db) = (x.clone(), vec![1.0; dim], vec![1.0; dim]);
         rms_norm(&x, &w, eps, &mut y, &mut rstd);
         close(&name, &y, &reference::rms_norm(&xw, &ww, 0.25), tolerance);
-        rms_norm_backward(&dy, &x, &w, &rstd, false, &mut dx, &mut dw);
-        let (mut sum, mut twice) = (dy.clone(), dw.clone());
-        rms_norm_backward(&dy, &x, &w, &rstd, true, &mut sum, &mut twice);
+        let mut again = dy.clone();
+        rms_norm_backward(&mut again, &x, &w, &rstd, false, &mut dx, &mut dw);
+        assert!(wide(&again) == wide(&y), "{name}: the result once more");
+        let (mut again, mut sum, mut twice) = (dy.clone(), dy.clone(), dw.clone());
+        rms_norm_backward(&mut again, &x, &w, &rstd, true, &mut sum, &mut twice);
         close(&name, &sum, &added(&dx, &dyw), 2.0 * tolerance);
         // Rows are independent: differences of a few elements of x, all of the weights.
         let want = slope(|w| dot(&reference::rms_norm(&xw, w, 0.25), &dyw), &ww);
@@ -39,9 +41,14 @@ fn norms<T: Float>(place: &str) {
         let mut dw = vec![1.0; dim];
         layer_norm(&x, &w, &b, eps, &mut y, &mut mean, &mut rstd);
         close(&name, &y, &reference::layer_norm(&xw, &ww, &bw, 0.25), tolerance);
-        layer_norm_backward(&dy, &x, &w, &mean, &rstd, false, &mut dx, &mut dw, &mut db);
+        let back = |accumulate: bool, dx: &mut [T], dw: &mut [f32], db: &mut [f32]| {
+            let mut again = dy.clone();
+            layer_norm_backward(&mut again, &x, &w, &b, &mean, &rstd, accumulate, dx, dw, db);
+            assert!(wide(&again) == wide(&y), "{name}: the result once more");
+        };
+        back(false, &mut dx, &mut dw, &mut db);
         let (mut sum, mut dw2, mut db2) = (dy.clone(), dw.clone(), db.clone());
-        layer_norm_backward(&dy, &x, &w, &mean, &rstd, true, &mut sum, &mut dw2, &mut db2);
+        back(true, &mut sum, &mut dw2, &mut db2);
         close(&name, &sum, &added(&dx, &dyw), 2.0 * tolerance);
         let want = slope(|w| dot(&reference::layer_norm(&xw, w, &bw, 0.25), &dyw), &ww);
         close(&name, &dw, &want.iter().map(|x| x + 1.0).collect::<Vec<_>>(), 1e-5);

@@ -55,7 +55,7 @@ twins! {
         x: View<'_, T>, weight: View<'_, T>, eps: f32, y: ViewMut<'_, T>, rstd: ViewMut<'_, f32>,
     );
     rms_norm_backward(
-        dy: View<'_, T>, x: View<'_, T>, weight: View<'_, T>, rstd: View<'_, f32>, accumulate: bool,
+        dy: ViewMut<'_, T>, x: View<'_, T>, weight: View<'_, T>, rstd: View<'_, f32>, accumulate: bool,
         dx: ViewMut<'_, T>, dweight: ViewMut<'_, f32>,
     );
     layer_norm(
@@ -63,9 +63,9 @@ twins! {
         y: ViewMut<'_, T>, mean: ViewMut<'_, f32>, rstd: ViewMut<'_, f32>,
     );
     layer_norm_backward(
-        dy: View<'_, T>, x: View<'_, T>, weight: View<'_, T>, mean: View<'_, f32>,
-        rstd: View<'_, f32>, accumulate: bool, dx: ViewMut<'_, T>, dweight: ViewMut<'_, f32>,
-        dbias: ViewMut<'_, f32>,
+        dy: ViewMut<'_, T>, x: View<'_, T>, weight: View<'_, T>, bias: View<'_, T>,
+        mean: View<'_, f32>, rstd: View<'_, f32>, accumulate: bool,
+        dx: ViewMut<'_, T>, dweight: ViewMut<'_, f32>, dbias: ViewMut<'_, f32>,
     );
     softmax(x: View<'_, T>, dim: usize, y: ViewMut<'_, T>);
     softmax_backward(dy: View<'_, T>, y: View<'_, T>, dim: usize, dx: ViewMut<'_, T>);

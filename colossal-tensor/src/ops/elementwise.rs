@@ -30,7 +30,7 @@ macro_rules! activation {
                 back.remake(|| wrap(dy, layout));
                 back.give(0, wrap(x, dual))
             })
-            .remade_in_backward(move || again.$name()))
+            .remade_by(move || again.$name()))
         }
     };
 }
@@ -121,7 +121,7 @@ impl Tensor {
             back.give(1, wrap(up, dual))?;
             back.give(0, wrap(gate, dual))
         })
-        .remade_in_backward(move || again.0.swiglu(&again.1)))
+        .remade_by(move || again.0.swiglu(&again.1)))
     }
 
     /// The same values in another float type; the gradient is cast back.

@@ -136,7 +136,6 @@ impl Tensor {
                     })
                 })?;
             }
-            // Before the gradient of x, so that x, if it is made again for it, is not there with it.
             if back.wants(1) {
                 let dy = dy.clone();
                 back.weight_of(1, &like_w, x, move |x, dw| {

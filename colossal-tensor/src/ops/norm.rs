@@ -25,15 +25,16 @@ impl Tensor {
                 kernels::rms_norm(x, w, eps, y.view_mut::<T>(), rstd.view_mut())
             })
         })?;
-        let (x, w, like) = (self.detach(), weight.detach(), Like::of(weight));
+        let (x, w, like, layout) = (self.detach(), weight.detach(), Like::of(weight), y.layout());
         let again = (x.clone(), w.clone());
         Ok(record("rms_norm", y, &[self, weight], move |dy, back| {
             let mut dw = Buffer::zeros_on::<f32>(w.scope().device(), w.len())?;
+            let mut dy = dy.into_buffer()?;
             let like_x = Like::of(&x);
             let (mut dx, accumulate) = back.room(0, &like_x)?;
             float!("rms_norm", x.dtype(), T => {
                 kernels::rms_norm_backward(
-                    dy.lend::<T>()?.view::<T>(),
+                    dy.view_mut::<T>(),
                     x.lend::<T>()?.view::<T>(),
                     w.lend::<T>()?.view::<T>(),
                     rstd.view(),
@@ -42,6 +43,7 @@ impl Tensor {
                     dw.view_mut(),
                 )
             })?;
+            back.remake(|| like_x.value(dy, layout));
             back.weight(1, &like, move |acc| kernels::add_assign(dw.view::<f32>(), acc))?;
             back.give(0, like_x.gradient(dx))
         })
@@ -72,19 +74,21 @@ impl Tensor {
                 )
             })
         })?;
-        let (x, w) = (self.detach(), weight.detach());
-        let again = (x.clone(), w.clone(), bias.detach());
+        let (x, w, b, layout) = (self.detach(), weight.detach(), bias.detach(), y.layout());
+        let again = (x.clone(), w.clone(), b.clone());
         let (like_w, like_b) = (Like::of(weight), Like::of(bias));
         Ok(record("layer_norm", y, &[self, weight, bias], move |dy, back| {
             let mut dw = Buffer::zeros_on::<f32>(w.scope().device(), w.len())?;
             let mut db = Buffer::zeros_on::<f32>(w.scope().device(), w.len())?;
+            let mut dy = dy.into_buffer()?;
             let like_x = Like::of(&x);
             let (mut dx, accumulate) = back.room(0, &like_x)?;
             float!("layer_norm", x.dtype(), T => {
                 kernels::layer_norm_backward(
-                    dy.lend::<T>()?.view::<T>(),
+                    dy.view_mut::<T>(),
                     x.lend::<T>()?.view::<T>(),
                     w.lend::<T>()?.view::<T>(),
+                    b.lend::<T>()?.view::<T>(),
                     mean.view(),
                     rstd.view(),
                     accumulate,
@@ -93,6 +97,7 @@ impl Tensor {
                     db.view_mut(),
                 )
             })?;
+            back.remake(|| like_x.value(dy, layout));
             back.weight(1, &like_w, move |acc| kernels::add_assign(dw.view::<f32>(), acc))?;
             back.weight(2, &like_b, move |acc| kernels::add_assign(db.view::<f32>(), acc))?;
             back.give(0, like_x.gradient(dx))
