@@ -456,11 +456,15 @@ impl Backward<'_> {
         Ok(())
     }
 
-    /// The last job that adds to the gradient of a parameter, of those that wait.
+    /// The job that will be the last to add to the gradient of a parameter: of those that wait for an op, the
+    /// one whose op is the oldest.
     fn last_job(&mut self, param: &Param) -> Option<&mut Job> {
-        let of = |job: &&mut Job| job.param.id() == param.id();
-        let waiting = self.waiting.iter_mut().rev().map(|(_, job)| job).find(of);
-        waiting.or_else(|| self.deferred.as_mut()?.0.iter_mut().rev().find(of))
+        let of = |job: &Job| job.param.id() == param.id();
+        let waiting = self.waiting.iter_mut().rev().filter(|(_, job)| of(job));
+        match waiting.min_by_key(|(recipe, _)| recipe.op()) {
+            Some((_, job)) => Some(job),
+            None => self.deferred.as_mut()?.0.iter_mut().rev().find(|job| of(job)),
+        }
     }
 
     /// Input `i` is a parameter: adds `factor * grad` to its gradient.

@@ -109,9 +109,13 @@ impl Tensor {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use crate::placement::Dim;
     use crate::storage::memory_stats;
-    use crate::{Deferred, Dtype, Grads, Init, Params, Result, Scope, Tensor};
+    use crate::{
+        Accumulator, Deferred, Dtype, GradSink, Grads, Init, Param, Params, Result, Scope, Tensor,
+    };
 
     /// Bytes held between forward and backward of two products that share `act(x)`, and gradients.
     fn held(act: impl Fn(&Tensor) -> Result<Tensor>) -> Result<(usize, Vec<Vec<f32>>)> {
@@ -171,6 +175,56 @@ mod tests {
         deferred.run(&mut later)?;
         assert_eq!(later.completed(), ["x.weight", "w.weight"]);
         assert_eq!([later.get(&x), later.get(&w)], [now.get(&x), now.get(&w)]);
+        Ok(())
+    }
+
+    /// Nothing may be added to what is complete.
+    #[derive(Default)]
+    struct Strict(Grads);
+
+    impl GradSink for Strict {
+        fn accumulate(
+            &mut self,
+            param: &Arc<Param>,
+            add: &mut dyn FnMut(Accumulator<'_>),
+        ) -> Result<()> {
+            let name = param.name().to_string();
+            assert!(!self.0.completed().contains(&name), "{name} is complete");
+            self.0.accumulate(param, add)
+        }
+
+        fn complete(&mut self, param: &Arc<Param>) -> Result<()> {
+            self.0.complete(param)
+        }
+    }
+
+    #[test]
+    fn a_weight_used_twice_is_complete_after_the_older_operand() -> Result<()> {
+        let p = Params::new(&Scope::solo(), 0, Dtype::F32);
+        let weight = |name: &str| {
+            p.at(name).tensor("weight", &[Dim::Other(4), Dim::Other(4)], Init::Normal(1.0))
+        };
+        let (x, w) = (weight("x")?, weight("w")?);
+        let loss = |swap: bool, values: bool| {
+            let [a, b] = [1.0, 2.0].map(|by| x.tensor().scale(by)?.gelu());
+            let [a, b] = [a?, b?].map(|h| if values { h.reshape(&[4, 4]) } else { Ok(h) });
+            let [a, b] = if swap { [b?, a?] } else { [a?, b?] };
+            // The product that is made last takes the older operand, or the younger one.
+            let [a, b] = [a, b].map(|h| h.linear(&w.tensor(), None));
+            (&a? + &b?)?.sum()
+        };
+        for swap in [false, true] {
+            let want = loss(swap, true)?.backward()?;
+            let mut now = Strict::default();
+            loss(swap, false)?.backward_into(&mut now, None)?;
+            assert_eq!(now.0.completed(), ["w.weight", "x.weight"]);
+            let (mut later, mut deferred) = (Strict::default(), Deferred::default());
+            loss(swap, false)?.backward_into(&mut later, Some(&mut deferred))?;
+            deferred.run(&mut later)?;
+            for got in [&now.0, &later.0] {
+                assert_eq!([got.get(&x), got.get(&w)], [want.get(&x), want.get(&w)]);
+            }
+        }
         Ok(())
     }
 }

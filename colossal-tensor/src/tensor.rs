@@ -338,12 +338,6 @@ impl Tensor {
         }))
     }
 
-    /// Makes tensors of this one's shape and type out of buffers.
-    pub(crate) fn wrapper(&self) -> impl Fn(Buffer, Layout) -> Tensor + use<> {
-        let (scope, shape, dtype) = (self.scope().clone(), self.shape().to_vec(), self.dtype());
-        move |buffer, layout| Tensor::wrap(&scope, buffer, &shape, dtype, layout)
-    }
-
     /// The same of a buffer that may have to move to the scope's device.
     pub(crate) fn place(
         scope: &Scope,

@@ -59,6 +59,11 @@ fn products<T: Float, O: Float>(place: &str) {
             let mut c = before.clone();
             gemm(a, b, MatMut::new(&mut c, m, n), &Epilogue::default());
             close(&name, &c, &product, tolerance);
+            let mut c = before.clone();
+            let add = Epilogue { accumulate: true, ..Epilogue::default() };
+            gemm(a, b, MatMut::new(&mut c, m, n), &add);
+            let sum: Vec<f64> = product.iter().zip(wide(&before)).map(|(x, y)| x + y).collect();
+            close(&format!("{name}, added"), &c, &sum, 2.0 * tolerance);
             // Sums alone go another way than sums before an activation.
             let sums = (1.0, false, Activation::None, false);
             for (alpha, accumulate, kind, gated) in [(0.5, true, kind, seed % 2 == 0), sums] {

@@ -1,7 +1,7 @@
 //! Elementwise arithmetic and activations. Shapes are equal; there is no broadcasting.
 
 use super::{produce, same_dtype, same_shape};
-use crate::autograd::record;
+use crate::autograd::{Like, record};
 use crate::dtype::{Dtype, float};
 use crate::error::Result;
 use crate::kernels;
@@ -22,13 +22,13 @@ macro_rules! activation {
             })?;
             let (x, again, layout) = (self.detach(), self.detach(), y.layout());
             Ok(record(op, y, &[self], move |dy, back| {
-                let (wrap, dtype, dual) = (x.wrapper(), x.dtype(), dy.layout());
+                let (like, dtype) = (Like::of(&x), x.dtype());
                 let (mut dy, mut x) = (dy.into_buffer()?, x.into_buffer()?);
                 float!(op, dtype, T => {
                     kernels::$backward::<T>(dy.view_mut(), x.view_mut())
                 })?;
-                back.remake(|| wrap(dy, layout));
-                back.give(0, wrap(x, dual))
+                back.remake(|| like.value(dy, layout));
+                back.give(0, like.gradient(x))
             })
             .remade_by(move || again.$name()))
         }
@@ -111,15 +111,15 @@ impl Tensor {
         let (gate, kept_up, layout) = (self.detach(), up.detach(), y.layout());
         let again = (gate.clone(), kept_up.clone());
         Ok(record("swiglu", y, &[self, up], move |dy, back| {
-            let (wrap, dtype, dual) = (gate.wrapper(), gate.dtype(), dy.layout());
+            let (like, dtype, dual) = (Like::of(&gate), gate.dtype(), dy.layout());
             let (mut dy, mut gate, mut up) =
                 (dy.into_buffer()?, gate.into_buffer()?, kept_up.into_buffer()?);
             float!("swiglu", dtype, T => {
                 kernels::swiglu_backward::<T>(dy.view_mut(), gate.view_mut(), up.view_mut())
             })?;
-            back.remake(|| wrap(dy, layout));
-            back.give(1, wrap(up, dual))?;
-            back.give(0, wrap(gate, dual))
+            back.remake(|| like.value(dy, layout));
+            back.give(1, like.value(up, dual))?;
+            back.give(0, like.value(gate, dual))
         })
         .remade_by(move || again.0.swiglu(&again.1)))
     }
