@@ -22,6 +22,7 @@ fn main() {
         let dtype = words.get(1).copied().unwrap_or("");
         if let (Some("gemm"), &[m, n, k]) = (words.first().copied(), &sizes[..])
             && m <= FEW
+            && dtype != "int8"
         {
             match dtype {
                 "f32" => few_rows::<f32>([m, n, k]),
@@ -32,6 +33,7 @@ fn main() {
         let run: Option<Box<dyn FnMut()>> = match (words.first().copied(), dtype) {
             (Some(kernel), "f32") => case::<f32>(kernel, &sizes),
             (Some(kernel), "bf16") => case::<bf16>(kernel, &sizes),
+            (Some("gemm"), "int8") => int8(&sizes),
             _ => None,
         };
         let Some(mut run) = run else {
@@ -56,6 +58,14 @@ fn main() {
 fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
+}
+
+/// Rows in f32, rounded as they come, times weights `[n, k]` in int8.
+fn int8(sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
+    let &[m, n, k] = sizes else { return None };
+    let w = Int8Matrix::quantize(&noise::<f32>(n * k, 1), n, k);
+    let (x, mut y) = (noise::<f32>(m * k, 2), vec![0.0f32; m * n]);
+    Some(Box::new(move || gemm_int8(&x, m, &w, None, &mut y)))
 }
 
 /// Products of so few rows are about reading weights.

@@ -176,7 +176,7 @@ pub fn gemm_int8<T: Float>(x: &[T], m: usize, w: &Int8Matrix, bias: Option<&[T]>
         x.len(),
         y.len()
     );
-    let _span = profile::span::<T>("gemm_int8", [m, n, k], || Work {
+    let _span = profile::span_in("gemm", "int8", [m, n, k], || Work {
         flops: 2 * (m * n * k) as u64,
         bytes: (n * k + m * (n + k) * size_of::<T>()) as u64,
     });
@@ -200,13 +200,15 @@ pub fn gemm_int8<T: Float>(x: &[T], m: usize, w: &Int8Matrix, bias: Option<&[T]>
         let out = Parts::new(y);
         let panels = w.scales.len() / PANEL;
         let quads = panels.div_ceil(PANELS);
+        // Tiles of about as many rows: one of a single row takes nearly as long as one of three.
+        let high = m.div_ceil(m.div_ceil(path.rows()).max(1)).max(1);
         let grain = (1 << 18) / (w.panel() * PANELS * m.max(1)).max(1) + 1;
         parallel_for(quads, grain, |range| {
             let mut sums = [[[0i32; PANEL]; PANELS]; ROWS];
             for first in range.map(|quad| quad * PANELS) {
                 let count = PANELS.min(panels - first);
-                for i in (0..m).step_by(path.rows()) {
-                    let held = path.rows().min(m - i);
+                for i in (0..m).step_by(high) {
+                    let held = high.min(m - i);
                     path.tile(&rows[i * row..(i + held) * row], held, w, first, count, &mut sums);
                     for (r, sums) in sums.iter().enumerate().take(held) {
                         let columns = first * PANEL..((first + count) * PANEL).min(n);

@@ -113,11 +113,22 @@ pub(crate) fn span<T: Float>(
     dims: [usize; 3],
     work: impl FnOnce() -> Work,
 ) -> Span {
+    span_in(op, T::NAME, dims, work)
+}
+
+/// As [`span`], of a kernel that computes in a type of this name.
+#[inline]
+pub(crate) fn span_in(
+    op: &'static str,
+    dtype: &'static str,
+    dims: [usize; 3],
+    work: impl FnOnce() -> Work,
+) -> Span {
     if !is_on() || INSIDE.get() {
         return Span(None);
     }
     INSIDE.set(true);
-    Span(Some((Instant::now(), event(op, T::NAME, dims, work()))))
+    Span(Some((Instant::now(), event(op, dtype, dims, work()))))
 }
 
 /// A kernel that moves memory: `per` tensors of `n` elements of `T` in all.
@@ -159,7 +170,11 @@ impl Drop for Span {
 impl Event {
     /// Nanoseconds that the machine needs for this at best.
     pub fn floor(&self, floor: &Floor) -> f64 {
-        let flops = if self.dtype == "bf16" { floor.bf16_flops } else { floor.f32_flops };
+        let flops = match self.dtype {
+            "bf16" => floor.bf16_flops,
+            "int8" => floor.int8_flops,
+            _ => floor.f32_flops,
+        };
         let compute = self.work.flops as f64 / flops;
         1e9 * compute.max(self.work.bytes as f64 / floor.bytes)
     }
@@ -306,8 +321,13 @@ mod tests {
         assert_eq!(own[0].dims, [4, 37, 37]);
         assert_eq!(own[0].work.flops, 2 * 2 * 4 * 8 * (37 * 38 / 2));
         assert!(own[0].took <= own[1].took && own[1].start <= own[0].start);
-        let table =
-            profile.table(&Floor { f32_flops: 1e9, bf16_flops: 2e9, bytes: 1e9, read: 1e9 });
+        let table = profile.table(&Floor {
+            f32_flops: 1e9,
+            bf16_flops: 2e9,
+            int8_flops: 4e9,
+            bytes: 1e9,
+            read: 1e9,
+        });
         assert!(table.contains("attention f32 4x37x37"), "{table}");
     }
 }

@@ -9,6 +9,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 
 ap = argparse.ArgumentParser()
 ap.add_argument("--threads", type=int, default=2)
@@ -32,6 +33,21 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def case(name, dtype, *sizes):
+    if dtype == "int8":
+        # A linear layer that rounds its input as it comes, with a scale of each output channel.
+        m, n, k = sizes
+        from torch.ao import quantization
+
+        warnings.simplefilter("ignore")  # it is about to move to another package
+        recipe = {torch.nn.Linear: quantization.per_channel_dynamic_qconfig}
+        layer = torch.nn.Sequential(torch.nn.Linear(k, n, bias=False))
+        layer, x = quantization.quantize_dynamic(layer, recipe), torch.randn(m, k)
+
+        def rounded():
+            with torch.no_grad():
+                layer(x)
+
+        return rounded
     dtype = DTYPES[dtype]
     if name == "gemm":
         m, n, k = sizes

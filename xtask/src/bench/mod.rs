@@ -145,7 +145,7 @@ fn best(args: &Args, arguments: &[&str]) -> Peer {
 }
 
 /// Kernel, type, sizes: `m n k` of products, `batch seq heads head_dim` of attention.
-const CASES: [&str; 42] = [
+const CASES: [&str; 45] = [
     "gemm f32 512 512 512",
     "gemm f32 1024 1024 1024",
     "gemm f32 2048 2048 2048",
@@ -162,6 +162,9 @@ const CASES: [&str; 42] = [
     "gemm bf16 4096 768 3072",
     "gemm bf16 64 4096 4096",
     "gemm bf16 512 4096 4096",
+    "gemm int8 1024 768 768",
+    "gemm int8 64 4096 4096",
+    "gemm int8 512 4096 4096",
     "gemm f32 1 4096 4096",
     "gemm f32 4 4096 4096",
     "gemm f32 16 4096 4096",
