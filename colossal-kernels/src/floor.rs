@@ -97,11 +97,13 @@ fn products(of: &str) -> f64 {
 fn multiply(of: &str) -> (f32, u64) {
     #[cfg(target_arch = "x86_64")]
     match isa() {
-        // SAFETY: has_vnni() or isa() has found these instructions on this machine.
-        _ if of == "int8" => return unsafe { (x86::int8(), (STEPS * SUMS * 128) as u64) },
-        // SAFETY: as above.
+        _ if of == "int8" && has_vnni() => {
+            // SAFETY: the machine has these instructions.
+            return (unsafe { x86::int8() }, (STEPS * SUMS * 128) as u64);
+        }
         Isa::Avx512Bf16 if of == "bf16" => {
-            return unsafe { (x86::bf16(), (STEPS * SUMS * 64) as u64) };
+            // SAFETY: isa() has found these instructions on this machine.
+            return (unsafe { x86::bf16() }, (STEPS * SUMS * 64) as u64);
         }
         Isa::Avx512 | Isa::Avx512Bf16 => {
             // SAFETY: as above.
