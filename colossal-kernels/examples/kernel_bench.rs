@@ -180,10 +180,6 @@ fn case<T: Float>(kernel: &str, sizes: &[usize]) -> Option<Box<dyn FnMut()>> {
                 }),
             }
         }
-        ("sum_of_squares", &[n]) => {
-            let x = noise::<f32>(n, 1);
-            Box::new(move || assert!(sum_of_squares(&x) > 0.0))
-        }
         ("sum_rows", &[rows, dim]) => {
             let (x, mut sums) = (noise::<T>(rows * dim, 1), vec![0.0; dim]);
             Box::new(move || sum_rows(&x, dim, &mut sums))

@@ -117,14 +117,18 @@ mod tests {
         Accumulator, Deferred, Dtype, GradSink, Grads, Init, Param, Params, Result, Scope, Tensor,
     };
 
+    /// Square ones: `x.weight`, `w.weight`, `v.weight`.
+    fn weights<const N: usize>(size: usize) -> Result<[Arc<Param>; N]> {
+        let p = Params::new(&Scope::solo(), 0, Dtype::F32);
+        let shape = [Dim::Other(size); 2];
+        let weight = |name: &&str| p.at(name).tensor("weight", &shape, Init::Normal(1.0));
+        let all = ["x", "w", "v"].iter().take(N).map(weight).collect::<Result<Vec<_>>>()?;
+        Ok(all.try_into().expect("at most three weights"))
+    }
+
     /// Bytes held between forward and backward of two products that share `act(x)`, and gradients.
     fn held(act: impl Fn(&Tensor) -> Result<Tensor>) -> Result<(usize, Vec<Vec<f32>>)> {
-        let p = Params::new(&Scope::solo(), 0, Dtype::F32);
-        let [x, a, b] = ["x", "a", "b"].map(|name| {
-            let shape = [Dim::Other(32), Dim::Other(32)];
-            p.at(name).tensor("weight", &shape, Init::Normal(1.0))
-        });
-        let (x, a, b) = (x?, a?, b?);
+        let [x, a, b] = weights(32)?;
         let before = memory_stats().in_use;
         let y = act(&x.tensor())?;
         let sum = (&y.linear(&a.tensor(), None)? + &y.linear(&b.tensor(), None)?)?;
@@ -160,11 +164,7 @@ mod tests {
 
     #[test]
     fn a_weight_whose_operand_is_made_on_the_way_is_complete_after_it_now_or_later() -> Result<()> {
-        let p = Params::new(&Scope::solo(), 0, Dtype::F32);
-        let weight = |name: &str| {
-            p.at(name).tensor("weight", &[Dim::Other(4), Dim::Other(4)], Init::Normal(1.0))
-        };
-        let (x, w) = (weight("x")?, weight("w")?);
+        let [x, w] = weights(4)?;
         let loss = || x.tensor().gelu()?.linear(&w.tensor(), None)?.sum();
         let now = loss()?.backward()?;
         assert_eq!(now.completed(), ["w.weight", "x.weight"]);
@@ -200,11 +200,7 @@ mod tests {
 
     #[test]
     fn a_weight_used_twice_is_complete_after_the_older_operand() -> Result<()> {
-        let p = Params::new(&Scope::solo(), 0, Dtype::F32);
-        let weight = |name: &str| {
-            p.at(name).tensor("weight", &[Dim::Other(4), Dim::Other(4)], Init::Normal(1.0))
-        };
-        let (x, w) = (weight("x")?, weight("w")?);
+        let [x, w] = weights(4)?;
         let loss = |swap: bool, values: bool| {
             let [a, b] = [1.0, 2.0].map(|by| x.tensor().scale(by)?.gelu());
             let [a, b] = [a?, b?].map(|h| if values { h.reshape(&[4, 4]) } else { Ok(h) });
