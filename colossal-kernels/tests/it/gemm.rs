@@ -136,7 +136,7 @@ fn few_rows_in_groups_and_parts<T: Float>(place: &str) {
         };
         let bt = transposed(&dense(&b, apart_b), n, k);
         let product = reference::gemm(48, n, k, &dense(&a, apart_a), &bt);
-        for m in [1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 48] {
+        for m in [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 31, 48] {
             let mut c = vec![0.0f32; m * n];
             let a = Mat { row_stride: apart_a, ..Mat::new(&a, m, k) };
             let b = Mat { row_stride: apart_b, ..Mat::new(&b, n, k) }.t();

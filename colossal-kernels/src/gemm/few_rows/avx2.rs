@@ -2,59 +2,72 @@
 
 use std::arch::x86_64::*;
 
-use super::{Ahead, GROUP, LANES};
+use super::{LANES, Pass};
 use crate::float::Float;
 
-/// `M` packed rows times `S` columns of f32 or bf16.
+/// All columns of a pass, a multiple of `S` of them, times its tiles of `M` rows.
 ///
 /// # Safety
-/// AVX2 and FMA; `a` holds `M` rows of f32 in whole steps, every column `k` elements; `out` has `M` rows of
-/// `count <= S`, `GROUP` apart.
+/// AVX2 and FMA; what a [`Pass`] of such tiles promises.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn tile<T: Float, const M: usize, const S: usize>(
-    a: *const f32,
-    b: [*const T; S],
-    k: usize,
-    ahead: Ahead,
-    (out, count, add): (*mut f32, usize, bool),
-) {
-    let mut acc = [[_mm256_setzero_ps(); S]; M];
+pub(super) unsafe fn tiles<T: Float, const M: usize, const S: usize>(pass: &Pass<T>) {
+    let Pass { apart, k, after, stride, .. } = *pass;
+    let (mut b, mut far, mut sums) = (pass.b, pass.far, pass.sums);
     let whole = k / LANES;
-    for i in 0..whole {
-        for (s, near) in ahead.near.iter().enumerate().take(S) {
-            let step = LANES * size_of::<T>();
-            _mm_prefetch::<_MM_HINT_T1>(ahead.far.wrapping_add(ahead.stride * i + s * step));
-            // One row or two with long columns are multiplied faster than it is worth asking twice.
-            if M > 2 || S == 1 {
-                _mm_prefetch::<_MM_HINT_T0>(near.wrapping_add(step * i));
+    for left in (1..=pass.count / S).rev() {
+        let next = if left > 1 { b.wrapping_add(S * apart) } else { after };
+        let mut a = pass.a;
+        for t in 0..pass.tiles {
+            let mut acc = [[_mm256_setzero_ps(); S]; M];
+            for i in 0..whole {
+                for s in 0..S {
+                    let line = LANES * size_of::<T>();
+                    _mm_prefetch::<_MM_HINT_T1>(far.wrapping_add(stride * i + s * line));
+                    // One row or two with long columns are multiplied faster than it is worth asking twice.
+                    if M > 2 || S == 1 {
+                        let near = next.wrapping_add(s * apart + i * LANES);
+                        _mm_prefetch::<_MM_HINT_T0>(near.cast());
+                    }
+                }
+                // SAFETY: a whole step of each.
+                unsafe {
+                    let columns = std::array::from_fn(|s| b.add(s * apart + i * LANES));
+                    step(&mut acc, a.add(i * M * LANES), columns);
+                }
             }
-        }
-        // SAFETY: a whole step of each.
-        unsafe { step(&mut acc, a.add(i * M * LANES), b.map(|b| b.add(i * LANES))) };
-    }
-    if !k.is_multiple_of(LANES) {
-        let mut last = [[T::zeroed(); LANES]; S];
-        for (last, b) in last.iter_mut().zip(b) {
-            let from = whole * LANES;
-            // SAFETY: what is left of the column, less than a step.
-            unsafe { std::ptr::copy_nonoverlapping(b.add(from), last.as_mut_ptr(), k - from) };
-        }
-        // SAFETY: a step of `a`, and one of each column that ends in zeros.
-        unsafe { step(&mut acc, a.add(whole * M * LANES), last.each_ref().map(|x| x.as_ptr())) };
-    }
-    for (m, acc) in acc.iter().enumerate() {
-        for (s, acc) in acc.iter().enumerate().take(count) {
-            // SAFETY: `count` places of row `m`.
-            unsafe {
-                let out = out.add(m * GROUP + s);
-                *out = sum(*acc) + if add { *out } else { 0.0 };
+            if !k.is_multiple_of(LANES) {
+                let mut last = [[T::zeroed(); LANES]; S];
+                for (s, last) in last.iter_mut().enumerate() {
+                    let from = whole * LANES;
+                    // SAFETY: what is left of the column, less than a step.
+                    unsafe {
+                        let b = b.add(s * apart + from);
+                        std::ptr::copy_nonoverlapping(b, last.as_mut_ptr(), k - from);
+                    }
+                }
+                let columns = last.each_ref().map(|x| x.as_ptr());
+                // SAFETY: a step of `a`, and one of each column that ends in zeros.
+                unsafe { step(&mut acc, a.add(whole * M * LANES), columns) };
             }
+            for (m, acc) in acc.iter().enumerate() {
+                for (s, acc) in acc.iter().enumerate() {
+                    // SAFETY: row `m` of this tile.
+                    unsafe {
+                        let out = sums.add(s * pass.rows + t * M + m);
+                        *out = sum(*acc) + if pass.add { *out } else { 0.0 };
+                    }
+                }
+            }
+            a = a.wrapping_byte_add(pass.tile);
+            far = far.wrapping_add(stride * k.div_ceil(LANES));
         }
+        b = b.wrapping_add(S * apart);
+        sums = sums.wrapping_add(S * pass.rows);
     }
 }
 
 /// # Safety
-/// As of [`tile`]; a step of all rows and columns.
+/// As of [`tiles`]; a step of all rows and columns.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn step<T: Float, const M: usize, const S: usize>(
