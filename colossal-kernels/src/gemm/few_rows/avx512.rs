@@ -99,7 +99,7 @@ macro_rules! kernel {
                             let line = far.wrapping_add(pass.stride * i + s * 64);
                             let again = far.wrapping_add(pass.stride * i).wrapping_sub(AGAIN);
                             _mm_prefetch::<_MM_HINT_T1>(if s == 2 { again } else { line });
-                            if S == 1 && M > 4 {
+                            if S == 1 {
                                 _mm_prefetch::<_MM_HINT_T1>(again);
                             }
                             _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(at).cast());
