@@ -172,6 +172,7 @@ fn pack<T: Float, P: Float>(
 struct Pass<T> {
     /// The first tile: of each step a vector of every row.
     a: *const f32,
+    /// Tiles.
     tiles: usize,
     /// Bytes between tiles.
     tile: usize,
