@@ -14,7 +14,7 @@ mod prompt;
 pub(crate) use page::{keep_of, output};
 pub(crate) use prompt::Prompt;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Parser;
 use serde_json::{Value, json};
 
@@ -26,8 +26,9 @@ pub(crate) struct Args {
     /// `train` (whole steps), `plans` (steps in parallel), `decode` (generation), `kernels`, `comm`
     /// (collectives), or a criterion bench; nothing runs them all.
     name: Option<String>,
-    /// Peers: `python=PATH` of a Python that has torch; `burn` and `candle` (of `train` in f32) and
-    /// `gemm` (of `kernels` in f32), which are built on first use. May be given more than once.
+    /// Peers: `python=PATH` of a Python that has torch; built on first use: `burn` and `candle` (of
+    /// `train` in f32) and `gemm` (products of the crates gemm, faer and rten-gemm, of `kernels`).
+    /// May be given more than once.
     #[arg(long)]
     peer: Vec<String>,
     /// Turns each side takes.
@@ -99,7 +100,7 @@ fn train(args: &Args) -> Result<Vec<Value>> {
             let mut ours = Prompt::start(&ours, &[model, &threads, precision, "serve"], &[])?;
             let mut peers = start(args, "xtask/peers/train_torch.py", &peers)?;
             if precision == "f32" {
-                peers.extend(built(args, "train", model)?);
+                peers.extend(built(args, "train", &[&[model]])?);
             }
             rows.extend(turns(args, &what, "step", &mut ours, &mut peers, "tokens/s")?);
         }
@@ -201,14 +202,14 @@ fn kernels(args: &Args) -> Result<Vec<Value>> {
     let peer = best(args, &["--threads", threads.as_str()]);
     let mut peers = start(args, "xtask/peers/kernels_torch.py", &[peer])?;
     // numpy comes with torch nearly always; its OpenBLAS has products of f32.
-    let mut products = vec![];
     if let Some(python) = python(args)?
         && output(python, &["-c", "import numpy; print('here')"]).is_ok_and(|x| x.ends_with("here"))
     {
         let peer = Peer::new("best kernels", &["--threads", threads.as_str()], false);
-        products = start(args, "xtask/peers/kernels_numpy.py", &[peer])?;
+        peers.extend(start(args, "xtask/peers/kernels_numpy.py", &[peer])?);
     }
-    products.extend(built(args, "kernels", &threads)?);
+    let libraries = ["gemm", "faer", "rten-gemm"].map(|library| [threads.as_str(), library]);
+    peers.extend(built(args, "kernels", &libraries.each_ref().map(|x| &x[..]))?);
     let mut rows = Vec::new();
     for case in CASES.iter().filter(|c| c.contains(&args.only)) {
         // Of DeepSpeed there is one kernel to compare with, if it is installed.
@@ -219,14 +220,7 @@ fn kernels(args: &Args) -> Result<Vec<Value>> {
             let peer = Peer::new("CPUAdam", &["--threads", threads.as_str(), "--deepspeed"], false);
             peers.extend(start(args, "xtask/peers/kernels_torch.py", &[peer])?);
         }
-        let others = peers.len();
-        if case.starts_with("gemm f32") {
-            peers.append(&mut products);
-        }
         rows.extend(turns(args, case, case, &mut ours, &mut peers, "calls/s")?);
-        if case.starts_with("gemm f32") {
-            products = peers.split_off(others);
-        }
     }
     Ok(rows)
 }
@@ -254,8 +248,9 @@ fn python(args: &Args) -> Result<Option<&str>> {
 /// Peers in Rust, each a program of its own: the bench and the name of `xtask/peers/<bench>_<name>`.
 const BUILT: [(&str, &str); 3] = [("train", "burn"), ("train", "candle"), ("kernels", "gemm")];
 
-/// Builds those of a bench that were asked for, for this machine's instructions, and starts them.
-fn built(args: &Args, bench: &str, argument: &str) -> Result<Vec<(String, Prompt)>> {
+/// Builds those of a bench that were asked for, for this machine's instructions, and starts each once for
+/// every list of arguments.
+fn built(args: &Args, bench: &str, arguments: &[&[&str]]) -> Result<Vec<(String, Prompt)>> {
     let threads = args.threads.to_string();
     let mut started = Vec::new();
     let asked = |name: &str| args.peer.iter().any(|p| p == name);
@@ -265,8 +260,10 @@ fn built(args: &Args, bench: &str, argument: &str) -> Result<Vec<(String, Prompt
             ["build", "--release", "--manifest-path", &manifest, "--target-dir", "target/peers"];
         run(&cargo(), &build, &[("RUSTFLAGS", "-Ctarget-cpu=native")])?;
         let program = format!("target/peers/release/{bench}-{name}");
-        let prompt = Prompt::start(&program, &[argument], &[("RAYON_NUM_THREADS", &threads)])?;
-        started.push((prompt.name.clone(), prompt));
+        for arguments in arguments {
+            let prompt = Prompt::start(&program, arguments, &[("RAYON_NUM_THREADS", &threads)])?;
+            started.push((prompt.name.clone(), prompt));
+        }
     }
     Ok(started)
 }
@@ -306,7 +303,7 @@ pub(crate) fn header(title: &str) {
     );
 }
 
-/// Ours and the peers answer `line` in turns; one row a peer, or one without.
+/// Ours and the peers answer `line` in turns; one row a peer that knows the case, or one without.
 fn turns(
     args: &Args,
     what: &str,
@@ -330,11 +327,11 @@ pub(crate) fn take_turns(
     let (mut mine, mut floors) = (vec![], vec![]);
     let mut theirs = vec![vec![]; peers.len()];
     for _ in 0..rounds {
-        let answer = ours.ask(line)?;
+        let answer = ours.ask(line)?.with_context(|| format!("ours knows no case {line}"))?;
         mine.push(answer.speed);
         floors.extend(answer.floor);
         for ((_, peer), theirs) in peers.iter_mut().zip(&mut theirs) {
-            theirs.push(peer.ask(line)?.speed);
+            theirs.extend(peer.ask(line)?.map(|answer| answer.speed));
         }
     }
     // Not every case has a floor.
@@ -355,10 +352,11 @@ pub(crate) fn take_turns(
             "ratio": mine / speed, "floor": floor, "share": share, "rounds": rounds,
             "threads": threads})
     };
-    if peers.is_empty() {
+    if theirs.iter().all(Vec::is_empty) {
         return Ok(vec![row(None)]);
     }
-    Ok(peers.iter().zip(&mut theirs).map(|(p, t)| row(Some((&p.0, median(t))))).collect())
+    let known = peers.iter().zip(&mut theirs).filter(|(_, theirs)| !theirs.is_empty());
+    Ok(known.map(|(p, theirs)| row(Some((&p.0, median(theirs))))).collect())
 }
 
 pub(crate) fn median(values: &mut [f64]) -> f64 {

@@ -1,7 +1,7 @@
 //! A process that waits at a prompt: a line in, one figure out, idle between.
 //!
 //! It first says who it is, `{"name": …}`, then answers each line with `{"speed": x}` and, if it
-//! knows, the `"floor"` speed that the machine would allow.
+//! knows, the `"floor"` speed that the machine would allow; or `{"error": "no such case"}`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -43,13 +43,16 @@ impl Prompt {
         Ok(prompt)
     }
 
-    /// Sends a line and waits for the answer.
-    pub(crate) fn ask(&mut self, line: &str) -> Result<Answer> {
+    /// Sends a line and waits for the answer; none if it knows no such case.
+    pub(crate) fn ask(&mut self, line: &str) -> Result<Option<Answer>> {
         writeln!(self.input, "{line}").with_context(|| format!("{} has ended", self.program))?;
         let answer = self.line()?;
+        if answer["error"].as_str().is_some_and(|error| error.starts_with("no such case")) {
+            return Ok(None);
+        }
         let speed = answer["speed"].as_f64();
         let speed = speed.with_context(|| format!("{}: no speed in {answer}", self.program))?;
-        Ok(Answer { speed, floor: answer["floor"].as_f64() })
+        Ok(Some(Answer { speed, floor: answer["floor"].as_f64() }))
     }
 
     /// The next line that is JSON; warnings of libraries are passed over.
