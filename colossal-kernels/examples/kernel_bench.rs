@@ -20,13 +20,14 @@ fn main() {
         let words: Vec<&str> = line.split_whitespace().collect();
         let sizes: Vec<usize> = words.iter().skip(2).filter_map(|w| w.parse().ok()).collect();
         let dtype = words.get(1).copied().unwrap_or("");
-        if let (Some("gemm"), &[m, n, k]) = (words.first().copied(), &sizes[..])
+        if let (Some(kernel @ ("gemm" | "gemm_nn")), &[m, n, k]) =
+            (words.first().copied(), &sizes[..])
             && m <= FEW
             && dtype != "int8"
         {
             match dtype {
-                "f32" => few_rows::<f32>([m, n, k]),
-                _ => few_rows::<bf16>([m, n, k]),
+                "f32" => few_rows::<f32>([m, n, k], kernel == "gemm"),
+                _ => few_rows::<bf16>([m, n, k], kernel == "gemm"),
             }
             continue;
         }
@@ -73,10 +74,10 @@ const FEW: usize = 16;
 /// Bytes of weights that take turns: no cache holds what is read next.
 const COLD: usize = 256 << 20;
 
-/// `x [m, k]` times the transpose of weights `[n, k]`, which lie in memory as a model's do. The floor is
+/// `x [m, k]` times weights, which lie in memory as a model's do, `[n, k]` or `[k, n]`. The floor is
 /// reading the same weights, in turns with the products, or multiplying if that takes longer: on two
 /// cores of Zen 4 reading binds up to 8 rows, multiplying at 16.
-fn few_rows<T: Float>([m, n, k]: [usize; 3]) {
+fn few_rows<T: Float>([m, n, k]: [usize; 3], transposed: bool) {
     let bytes = n * k * size_of::<T>();
     let weights: Vec<Block> =
         (0..(COLD / bytes).max(2)).map(|i| large::<T>(n * k, i as u32)).collect();
@@ -88,8 +89,8 @@ fn few_rows<T: Float>([m, n, k]: [usize; 3]) {
         reads.extend(next.next().map(|w| Floor::read_once(bytemuck::cast_slice(w))));
         let w = bytemuck::cast_slice(next.next().unwrap_or_default());
         let start = Instant::now();
-        let (x, w) = (Mat::new(&x, m, k), Mat::new(w, n, k).t());
-        gemm(x, w, MatMut::new(&mut y, m, n), &Epilogue::default());
+        let w = if transposed { Mat::new(w, n, k).t() } else { Mat::new(w, k, n) };
+        gemm(Mat::new(&x, m, k), w, MatMut::new(&mut y, m, n), &Epilogue::default());
         times.push(start.elapsed().as_secs_f64());
     }
     let floor = Floor::measure();

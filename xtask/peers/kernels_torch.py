@@ -49,16 +49,22 @@ def case(name, dtype, *sizes):
 
         return rounded
     dtype = DTYPES[dtype]
-    if name == "gemm":
+    if name in ("gemm", "gemm_nn", "gemm_tn"):
+        # A linear layer, one whose weights lie by input as in GPT-2, and the gradient of weights.
         m, n, k = sizes
+        x = torch.randn((k, m) if name == "gemm_tn" else (m, k)).to(dtype)
+        w = torch.randn((n, k) if name == "gemm" else (k, n)).to(dtype)
         # Few rows are about reading weights: 256 MiB of them take turns, so that no cache holds them.
-        copies = max(2, (256 << 20) // (n * k * dtype.itemsize)) if m <= 16 else 1
-        x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+        copies = max(2, (256 << 20) // (n * k * dtype.itemsize)) if m <= 16 and name != "gemm_tn" else 1
         weights = itertools.cycle([w.clone() for _ in range(copies)])
 
         def product():
             with torch.no_grad():
-                F.linear(x, next(weights))
+                w = next(weights)
+                if name == "gemm":
+                    F.linear(x, w)
+                else:
+                    torch.matmul(x.T if name == "gemm_tn" else x, w)
 
         return product
     if name == "attention":

@@ -15,7 +15,8 @@
 mod avx2;
 mod avx512;
 
-use super::{Mat, Sink, with_workspace};
+use super::skinny::Results;
+use super::{Mat, with_workspace};
 use crate::float::Float;
 use crate::isa::{Isa, isa};
 use crate::threads::{count, parallel_each};
@@ -53,7 +54,7 @@ pub(super) fn fits<T: Float>() -> bool {
 pub(super) fn gemm<T: Float, O: Float, E: Float>(
     a: Mat<'_, T>,
     b: Mat<'_, T>,
-    sink: &Sink<'_, O, E>,
+    results: &Results<'_, O, E>,
 ) {
     let (m, n, k) = (a.rows, b.cols, a.cols);
     if m == 0 || n == 0 {
@@ -77,22 +78,17 @@ pub(super) fn gemm<T: Float, O: Float, E: Float>(
         let piece = (PIECE / apart).min(even).max(worth).next_multiple_of(plan.group.min(12));
         parallel_each(n.div_ceil(piece), |i| {
             let columns = i * piece..((i + 1) * piece).min(n);
-            with_workspace((m + rows) * GROUP, |sums| {
-                let (sums, by_column) = sums.split_at_mut(m * GROUP);
+            with_workspace(rows.max(m) * GROUP, |sums| {
                 for first in columns.clone().step_by(plan.group) {
                     let count = plan.group.min(columns.end - first);
                     let group = Group { b: &b, first, count };
                     if plan.whole {
                         group.stream(packed, m, sums);
+                        results.rows(first, count, sums, GROUP);
                     } else {
-                        group.product(packed, &plan, by_column);
-                        for (j, column) in by_column.chunks_exact(rows).enumerate().take(count) {
-                            for (i, sum) in column.iter().enumerate().take(m) {
-                                sums[i * GROUP + j] = *sum;
-                            }
-                        }
+                        group.product(packed, &plan, sums);
+                        results.columns(first, count, sums, rows);
                     }
-                    sink.store_tile([0, first], [m, count], sums, GROUP);
                 }
             });
         });
@@ -153,6 +149,17 @@ fn pack<T: Float, P: Float>(
     to: impl Fn(T) -> P,
 ) {
     let lanes = lanes::<T>();
+    if a.col_stride != 1 {
+        out.fill(P::zeroed());
+        for k in 0..a.cols {
+            let x = &a.data[k * a.col_stride..];
+            let out = &mut out[k / lanes * rows * lanes + k % lanes..];
+            for r in first..(first + rows).min(a.rows) {
+                out[(r - first) * lanes] = to(x[r * a.row_stride]);
+            }
+        }
+        return;
+    }
     for r in 0..rows {
         let row = match first + r < a.rows {
             true => &a.data[(first + r) * a.row_stride..][..a.cols],

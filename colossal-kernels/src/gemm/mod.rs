@@ -5,14 +5,15 @@
 //! micro-kernel reads in order, `MR` rows of `a` against `NR` columns of `b`, unless it can read them where they
 //! lie: see `packed`. The tile is kept in registers over the whole depth and passes through the epilogue once,
 //! on its way out.
-//! Few rows against a transposed `b` (decoding, small batches) go without packing: see `skinny`,
-//! `few_rows`.
+//! Few rows or columns (decoding, LoRA) go without packing: see `skinny`, `few_rows`, `outer`.
 
 mod epilogue;
 #[cfg(target_arch = "x86_64")]
 mod few_rows;
 mod grouped;
 pub(crate) mod micro;
+#[cfg(target_arch = "x86_64")]
+mod outer;
 pub(crate) mod pack;
 mod packed;
 mod skinny;
@@ -29,6 +30,7 @@ use crate::threads::{Parts, parallel_for};
 use epilogue::Sink;
 use micro::Kernel;
 use packed::pass;
+use skinny::Skinny;
 
 /// A strided matrix: element `(i, j)` is `data[i * row_stride + j * col_stride]`.
 #[derive(Debug, Clone, Copy)]
@@ -177,8 +179,11 @@ pub fn gemm<T: Float, O: Float>(
     };
     let kernel = Kernel::of::<T>();
     let depth = kernel.depth * if kernel.pairs { 2 } else { 1 };
-    if skinny::fits(&a, &b) || a.cols <= depth {
-        return one_pass(a, b, &sink);
+    if let Some(skinny) = Skinny::of(&a, &b) {
+        return skinny.product(&sink);
+    }
+    if a.cols <= depth {
+        return pass(a, b, &sink);
     }
     if O::NAME == "f32" && e.is_sum() {
         // Deep products whose result is f32 anyway add up in place, after bias and residual.
@@ -255,8 +260,8 @@ pub fn gemm_batched<T: Float, O: Float>(
 
 /// One product of bounded depth.
 fn one_pass<T: Float, O: Float>(a: Mat<'_, T>, b: Mat<'_, T>, sink: &Sink<'_, O, T>) {
-    match skinny::fits(&a, &b) {
-        true => skinny::gemm(a, b, sink),
-        false => pass(a, b, sink),
+    match Skinny::of(&a, &b) {
+        Some(skinny) => skinny.product(sink),
+        None => pass(a, b, sink),
     }
 }

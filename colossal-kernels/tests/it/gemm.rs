@@ -124,31 +124,50 @@ fn any_number_of_rows_has_its_kernel() {
     });
 }
 
-/// Rows so few that weights are not packed: columns in groups, which threads take in pieces, depth in
-/// parts, each with a rest; rows of both operands further apart than they are long.
+/// Rows so few that weights are not packed: columns in groups or blocks, which threads take in pieces, depth in
+/// parts or steps, each with a rest; rows of both operands further apart than they are long. And columns so few,
+/// which are taken for rows.
 fn few_rows_in_groups_and_parts<T: Float>(place: &str) {
     for (n, k) in [(523, 2083), (130, 67), (4, 12_301)] {
-        let (apart_a, apart_b) = (k + 3, k + 5);
+        let (apart_a, apart_b, apart_t) = (k + 3, k + 5, n + 9);
         let (a, b): (Vec<T>, Vec<T>) = (noise(48 * apart_a, 1), noise(n * apart_b, 2));
-        let dense = |x: &[T], apart: usize| -> Vec<f64> {
-            let rows = wide(x);
-            rows.chunks(apart).flat_map(|row| row[..k].to_vec()).collect()
+        let dense = |x: &[T], apart: usize| -> Vec<T> {
+            x.chunks(apart).flat_map(|row| &row[..k]).copied().collect()
         };
         let bt = transposed(&dense(&b, apart_b), n, k);
-        let product = reference::gemm(48, n, k, &dense(&a, apart_a), &bt);
-        for m in [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 31, 48] {
-            let mut c = vec![0.0f32; m * n];
+        let product = reference::gemm(48, n, k, &wide(&dense(&a, apart_a)), &wide(&bt));
+        // The same weights with rows along the result.
+        let rows = bt.chunks(n).flat_map(|row| {
+            let rest: Vec<T> = noise(apart_t - n, 3);
+            row.iter().copied().chain(rest)
+        });
+        let rows: Vec<T> = rows.collect();
+        let columns = Mat { row_stride: apart_b, ..Mat::new(&b, n, k) }.t();
+        let rows = Mat { row_stride: apart_t, ..Mat::new(&rows, k, n) };
+        for m in [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 24, 31, 48] {
             let a = Mat { row_stride: apart_a, ..Mat::new(&a, m, k) };
-            let b = Mat { row_stride: apart_b, ..Mat::new(&b, n, k) }.t();
-            gemm(a, b, MatMut::new(&mut c, m, n), &Epilogue::default());
-            let name = format!("{m}x{n}x{k} of {}, {place}", T::NAME);
-            close(&name, &c, &product[..m * n], 1e-6 * (k as f64).sqrt());
+            let steps = transposed(&dense(&a.data[..m * apart_a], apart_a), m, k);
+            let steps = Mat::new(&steps, k, m).t();
+            let want = &product[..m * n];
+            let flipped = transposed(want, m, n);
+            let tolerance = 1e-6 * (k as f64).sqrt();
+            for (layout, b) in [("columns", columns), ("rows", rows)] {
+                for (depth, a) in [("rows", a), ("steps", steps)] {
+                    let name = format!("{m}x{n}x{k} of {}, {depth} {layout}, {place}", T::NAME);
+                    let mut c = vec![f32::NAN; m * n];
+                    gemm(a, b, MatMut::new(&mut c, m, n), &Epilogue::default());
+                    close(&name, &c, want, tolerance);
+                    c.fill(f32::NAN);
+                    gemm(b.t(), a.t(), MatMut::new(&mut c, n, m), &Epilogue::default());
+                    close(&format!("{name}, transposed"), &c, &flipped, tolerance);
+                }
+            }
         }
     }
 }
 
 #[test]
-fn few_rows_cut_columns_and_depth() {
+fn few_rows_or_columns_of_any_layout_and_size() {
     everywhere(|place| {
         few_rows_in_groups_and_parts::<f32>(place);
         few_rows_in_groups_and_parts::<bf16>(place);
@@ -159,7 +178,7 @@ fn few_rows_cut_columns_and_depth() {
 /// more than one pass.
 #[test]
 fn columns_that_do_not_stay_near_come_in_parts() {
-    let (m, n, k) = (20, 2100, 517);
+    let (m, n, k) = (60, 2100, 517);
     let (a, b): (Vec<f32>, Vec<f32>) = (noise(m * k, 1), noise(k * n, 2));
     let (bias, residual): (Vec<f32>, Vec<f32>) = (noise(n, 3), noise(m * n, 4));
     let mut want = reference::gemm(m, n, k, &wide(&a), &wide(&b));
@@ -234,11 +253,11 @@ fn columns_read_where_they_lie_give_the_bits_of_packed_ones() {
         // Rows of whole lines, so many floats apart; in one pass, in parts of the depth, by cells; of 70
         // columns, no whole panels, which are packed after all.
         for (m, n, k, apart) in [
-            (1, 32, 3, 48),
-            (31, 96, 200, 112),
-            (17, 64, 700, 64),
-            (33, 70, 100, 80),
-            (40, 96, 2100, 176),
+            (49, 32, 3, 48),
+            (61, 96, 200, 112),
+            (57, 64, 700, 64),
+            (63, 70, 100, 80),
+            (70, 96, 2100, 176),
             (300, 672, 37, 688),
             (300, 544, 300, 592),
         ] {

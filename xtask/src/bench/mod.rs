@@ -145,8 +145,9 @@ fn best(args: &Args, arguments: &[&str]) -> Peer {
     Peer::new(name, arguments, !args.stock)
 }
 
-/// Kernel, type, sizes: `m n k` of products, `batch seq heads head_dim` of attention.
-const CASES: [&str; 45] = [
+/// Kernel, type, sizes: `m n k` of products, `batch seq heads head_dim` of attention. Skinny products are those
+/// of LoRA's layers and their gradients, of a head of one output, and of decoding with GPT-2's weights.
+const CASES: [&str; 57] = [
     "gemm f32 512 512 512",
     "gemm f32 1024 1024 1024",
     "gemm f32 2048 2048 2048",
@@ -172,6 +173,18 @@ const CASES: [&str; 45] = [
     "gemm bf16 1 4096 4096",
     "gemm bf16 4 4096 4096",
     "gemm bf16 16 4096 4096",
+    "gemm f32 1024 1 1024",
+    "gemm f32 1024 16 1024",
+    "gemm f32 1024 1024 16",
+    "gemm_tn f32 16 1024 1024",
+    "gemm_nn f32 1 3072 768",
+    "gemm_nn f32 8 3072 768",
+    "gemm bf16 1024 1 1024",
+    "gemm bf16 1024 16 1024",
+    "gemm bf16 1024 1024 16",
+    "gemm_tn bf16 16 1024 1024",
+    "gemm_nn bf16 1 3072 768",
+    "gemm_nn bf16 8 3072 768",
     "attention f32 4 256 8 64",
     "attention f32 1 1024 8 64",
     "attention f32 1 2048 8 64",
