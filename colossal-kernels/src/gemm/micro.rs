@@ -270,6 +270,9 @@ mod x86 {
     use super::{Ahead, Out, Run, Strides};
     use std::arch::x86_64::*;
 
+    /// Steps from which on a tile asks for the lines that it writes: before it has made its sums they are there.
+    const LONG: usize = 384;
+
     /// A kernel of two vectors a row. `$product(acc, a, b)` adds a product to a sum; `$store(c, x, y)`
     /// writes a row of `$item`.
     macro_rules! kernel {
@@ -293,9 +296,12 @@ mod x86 {
             ) {
                 const AHEAD: usize = 16;
                 let c = out.at.cast::<$item>();
-                for i in 0..R {
-                    _mm_prefetch::<_MM_HINT_ET0>(c.wrapping_add(i * out.stride).cast());
-                    _mm_prefetch::<_MM_HINT_ET0>(c.wrapping_add(i * out.stride + 2 * $lanes - 1).cast());
+                if steps >= LONG {
+                    for i in 0..R {
+                        let row = c.wrapping_add(i * out.stride);
+                        _mm_prefetch::<_MM_HINT_ET0>(row.cast());
+                        _mm_prefetch::<_MM_HINT_ET0>(row.wrapping_add(2 * $lanes - 1).cast());
+                    }
                 }
                 let mut acc = [[$zero(); 2]; R];
                 for k in 0..steps {
